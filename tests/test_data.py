@@ -1,0 +1,221 @@
+"""Readers, tokenising, batches, downloads and the toy language."""
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.implementations import BertWordPieceTokenizer
+
+import data
+
+
+def write(folder, name: str, text: str) -> None:
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_bytes(text.encode())
+
+
+# One row of each task, in the columns of GLUE's own files.
+FILES = {
+    "cola": ("CoLA/train.tsv", 'gj04\t0\t*\tThe "quoted car drove.\n', ('The "quoted car drove.',), 0),
+    "sst2": ("SST-2/train.tsv", "sentence\tlabel\na gripping film \t1\n", ("a gripping film",), 1),
+    "mrpc": ("MRPC/train.tsv", "Quality\t#1 ID\t#2 ID\t#1 String\t#2 String\n1\t10\t11\tOne \" two\tThree\n", ('One " two', "Three"), 1),
+    "stsb": ("STS-B/train.tsv", "index\tgenre\tfilename\tyear\told_index\tsource1\tsource2\tsentence1\tsentence2\tscore\n"
+             "0\tm\tf\ty\t1\tn\tn\tA plane.\tAn air plane.\t3.750\n", ("A plane.", "An air plane."), 3.75),
+    "qqp": ("QQP/train.tsv", "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate\n1\t2\t3\tWhy?\tHow?\t0\n", ("Why?", "How?"), 0),
+    "mnli": ("MNLI/train.tsv", "index\tpromptID\tpairID\tgenre\ts1b\ts2b\ts1p\ts2p\tsentence1\tsentence2\tlabel1\tgold_label\n"
+             "0\t1\t2\tfiction\ta\tb\tc\td\tP.\tH.\tneutral\tcontradiction\n", ("P.", "H."), 2),
+    "qnli": ("QNLI/train.tsv", "index\tquestion\tsentence\tlabel\n0\tWho?\tHe did.\tnot_entailment\n", ("Who?", "He did."), 1),
+    "rte": ("RTE/train.tsv", "index\tsentence1\tsentence2\tlabel\n0\tA.\tB.\tentailment\n", ("A.", "B."), 0),
+    "wnli": ("WNLI/train.tsv", "index\tsentence1\tsentence2\tlabel\n0\tA.\tB.\t1\n", ("A.", "B."), 1),
+}
+
+
+@pytest.mark.parametrize("task", data.GLUE)
+def test_every_glue_task_is_read_from_its_own_columns(task, tmp_path):
+    """Quotes are ordinary characters, blanks at the ends go, words and digits both name a class, STS-B is a number."""
+    name, text, sentences, label = FILES[task]
+    write(tmp_path, name, text)
+    rows = data.load_glue(task, "train", tmp_path)
+    assert rows.texts == [sentences] and rows.labels.tolist() == [label]
+    assert rows.labels.dtype == (np.float32 if task == "stsb" else np.int64)
+
+
+def test_mnli_has_two_dev_sets_and_digits_name_classes_too(tmp_path):
+    header = "index\tsentence1\tsentence2\tgold_label\n"
+    for name, text in (("train.tsv", "0\ta\tb\tneutral\n"), ("dev_matched.tsv", "0\tm\tb\t2\n"), ("dev_mismatched.tsv", "0\tmm\tb\tentailment\n")):
+        write(tmp_path, f"MNLI/{name}", header + text)
+    splits = data.load_task("mnli", tmp_path)
+    assert [splits[s].texts[0][0] for s in ("train", "dev", "dev_mismatched")] == ["a", "m", "mm"]
+    assert [int(splits[s].labels[0]) for s in ("train", "dev", "dev_mismatched")] == [1, 2, 0]
+
+
+def test_a_byte_order_mark_windows_lines_and_odd_separators_are_harmless(tmp_path):
+    """U+2028 and U+0085 are characters of a sentence, not ends of line; an empty sentence is an example."""
+    write(tmp_path, "SST-2/dev.tsv", "\ufeffsentence\tlabel\r\na\u2028b\u0085c\t1\r\n\t0\r\n\r\n")
+    rows = data.load_glue("sst2", "dev", tmp_path)
+    assert rows.texts == [("a\u2028b\u0085c",), ("",)] and rows.labels.tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("text, words", [
+    ("sentence\tlabel\ngood\t1\nno label here\n", r"dev.tsv, line 3: 1 columns, at least 2"),
+    ("sentence\tlabel\ngood\tmaybe\n", r"dev.tsv, line 2: unknown label 'maybe'; expected 0, 1, negative, positive"),
+    ("text\tlabel\ngood\t1\n", r"line 1: there is no column 'sentence'"),
+    ("sentence\tlabel\n", "has no examples"),
+    ("", "has no examples"),
+])
+def test_a_bad_row_is_named_by_file_and_line(tmp_path, text, words):
+    write(tmp_path, "SST-2/dev.tsv", text)
+    with pytest.raises(ValueError, match=words):
+        data.load_glue("sst2", "dev", tmp_path)
+
+
+def test_bad_scores_bad_bytes_missing_files_and_unknown_tasks(tmp_path):
+    header = "sentence1\tsentence2\tscore\n"
+    for score in ("many", "nan", "inf"):
+        write(tmp_path, "STS-B/dev.tsv", header + f"a\tb\t{score}\n")
+        with pytest.raises(ValueError, match="line 2: unknown label .* expected a number"):
+            data.load_glue("stsb", "dev", tmp_path)
+    (tmp_path / "STS-B/dev.tsv").write_bytes(b"sentence1\t\xff")
+    with pytest.raises(ValueError, match="not UTF-8"):
+        data.load_glue("stsb", "dev", tmp_path)
+    with pytest.raises(FileNotFoundError, match="there is no .*RTE/dev.tsv; get it with"):
+        data.load_glue("rte", "dev", tmp_path)
+    with pytest.raises(ValueError, match="unknown task 'sst3'; choose from cola, sst2"):
+        data.load_task("sst3", tmp_path)
+
+
+# -------------------------------------------------------------------------------------------------------------- tokens
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "is", "this", "jack", "##son", "##ville", "?", "no", "it", "not", "."]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "vocab.txt").write_text("\n".join(WORDS) + "\n")
+    return tmp_path
+
+
+def decode(ids) -> str:
+    return " ".join(WORDS[i] for i in ids)
+
+
+def test_a_pair_is_uncased_word_pieces_with_segments(folder):
+    """The picture in data.Examples, from vocab.txt and from tokenizer.json alike."""
+    rows = data.Rows([("Is this Jacksonville ?", "No it is not."), ("",)], np.zeros(2, np.int64))
+    encoded = data.encode(data.load_tokenizer(folder), rows, 32)
+    assert decode(encoded.ids[0]) == "[CLS] is this jack ##son ##ville ? [SEP] no it is not . [SEP]"
+    assert encoded.segments[0].tolist() == [0] * 8 + [1] * 6
+    assert decode(encoded.ids[1]) == "[CLS] [SEP]"
+    BertWordPieceTokenizer(str(folder / "vocab.txt")).save(str(folder / "tokenizer.json"))
+    again = data.encode(data.load_tokenizer(folder), rows, 32)
+    assert all((a == b).all() for a, b in zip(encoded.ids + encoded.segments, again.ids + again.segments))
+
+
+def test_the_longer_sentence_of_a_pair_is_cut_first(folder):
+    rows = data.Rows([("is this no it not ?", "no .")], np.zeros(1, np.int64))
+    encoded = data.encode(data.load_tokenizer(folder), rows, 8)
+    assert decode(encoded.ids[0]) == "[CLS] is this no [SEP] no . [SEP]"
+
+
+def test_a_tokenizer_that_does_not_fit_the_embedding_is_refused(folder):
+    with pytest.raises(ValueError, match="token ids up to 14; the model's embedding has 10 rows"):
+        data.load_tokenizer(folder, 10)
+    (folder / "tokenizer.json").write_text("{")
+    with pytest.raises(ValueError, match="tokenizer.json is not a tokenizer"):
+        data.load_tokenizer(folder)
+    with pytest.raises(FileNotFoundError, match="there is neither"):
+        data.load_tokenizer(folder / "nowhere")
+
+
+# ------------------------------------------------------------------------------------------------------------- batches
+
+def numbered(n: int = 237) -> data.Examples:
+    """Example i holds its own number, repeated a random number of times."""
+    rng = np.random.default_rng(0)
+    ids = [np.full(rng.integers(1, 30), i + 1, np.int32) for i in range(n)]
+    return data.Examples(ids, [np.zeros(len(x), np.int8) for x in ids], np.arange(1, n + 1))
+
+
+@pytest.mark.parametrize("seed", [None, 0, (1, 2, 3)])
+def test_every_example_comes_once_an_epoch_padded_to_the_longest_of_its_batch(seed):
+    examples, seen = numbered(), []
+    for x, y in data.batches(examples, 16, seed):
+        mask = torch.ones_like(x["ids"]) if x["mask"] is None else x["mask"]
+        assert (x["ids"] == y[:, None] * mask).all() and mask.sum(1).max() == x["ids"].size(1)
+        assert mask.sum(1).tolist() == [len(examples.ids[i - 1]) for i in y.tolist()]
+        seen += y.tolist()
+    assert sorted(seen) == list(range(1, 238))
+
+
+def test_the_order_depends_on_the_seed_alone_and_little_is_padded():
+    order = lambda seed: [y.tolist() for _, y in data.batches(numbered(), 16, seed)]
+    assert order((0, 1)) == order((0, 1)) != order((0, 2))
+    padded = sum(x["ids"].numel() for x, _ in data.batches(numbered(), 16, 0))
+    assert padded < 1.15 * sum(len(x) for x in numbered().ids)
+
+
+# ----------------------------------------------------------------------------------------------------------- downloads
+
+def test_a_download_is_unpacked_whole_or_not_at_all(tmp_path, monkeypatch):
+    """The network is replaced by one that delivers, breaks off, or is absent; no partial file is ever left."""
+    whole = tmp_path / "whole.zip"
+    with zipfile.ZipFile(whole, "w") as archive:
+        for name in ("train.tsv", "dev.tsv", "test.tsv"):
+            archive.writestr(f"SST-2/{name}", "sentence\tlabel\ngood\t1\n")
+
+    def deliver(url, path):
+        assert url == "https://dl.fbaipublicfiles.com/glue/data/SST-2.zip"
+        open(path, "wb").write(whole.read_bytes())
+
+    def break_off(url, path):
+        open(path, "wb").write(whole.read_bytes()[:-40])
+
+    def absent(url, path):
+        raise OSError("no network")
+
+    for fetch, words in ((break_off, "not whole"), (absent, "no network")):
+        monkeypatch.setattr(torch.hub, "download_url_to_file", fetch)
+        with pytest.raises(OSError, match=words):
+            data.download_glue("sst2", tmp_path / "glue")
+        assert not list((tmp_path / "glue" / "SST-2").iterdir())
+    monkeypatch.setattr(torch.hub, "download_url_to_file", deliver)
+    data.download_glue("sst2", tmp_path / "glue")
+    assert sorted(p.name for p in (tmp_path / "glue" / "SST-2").iterdir()) == ["dev.tsv", "train.tsv"]
+    assert data.load_glue("sst2", "train", tmp_path / "glue").texts == [("good",)]
+
+
+def test_mrpc_is_split_by_the_list_of_dev_ids():
+    lines = [f"1\t{i}\t{i + 1}\tone {i}\ttwo" for i in range(4076)]
+    corpus = "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\r\n" + "\r\n".join(lines) + "\r\n"
+    parts = data.split_mrpc(corpus.encode(), "".join(f"{i}\t{i + 1}\r\n" for i in range(0, 816, 2)).encode())
+    assert parts["dev.tsv"].count(b"\n") == 409 and b"one 814\t" in parts["dev.tsv"] and b"one 815\t" in parts["train.tsv"]
+    with pytest.raises(ValueError, match="3667 train"):
+        data.split_mrpc(corpus.replace("\r\n" + lines[-1], "").encode(), "".join(f"{i}\t{i + 1}\n" for i in range(0, 816, 2)).encode())
+
+
+# ------------------------------------------------------------------------------------------------------------- the toy
+
+def test_the_toys_splits_are_balanced_and_share_no_text():
+    splits = data.load_toy(train=500, dev=200)
+    train, dev = splits["train"], splits["dev"]
+    assert not set(train.texts) & set(dev.texts) and len(set(train.texts)) == 500
+    assert train.labels.mean() == dev.labels.mean() == 0.5
+    assert data.load_toy(500, 200)["train"].texts == train.texts
+
+
+def test_no_word_list_solves_the_toy():
+    """The best bag of words (a least-squares fit on 4,000 sentences) stays far from the 95% that composing reaches."""
+    splits = data.load_toy(train=4000, dev=1000)
+    words = sorted({w for (text,) in splits["train"].texts for w in text.split()})
+    counts = lambda rows: np.array([[text.split().count(w) for w in words] + [1] for (text,) in rows.texts], float)
+    weights = np.linalg.lstsq(counts(splits["train"]), 2.0 * splits["train"].labels - 1, rcond=None)[0]
+    score = ((counts(splits["dev"]) @ weights > 0) == splits["dev"].labels).mean()
+    assert 0.5 < score < 0.75
+
+
+def test_the_toys_tokenizer_knows_every_word():
+    tokenizer = data.load_tokenizer(data.DOWNLOADS / "toy")
+    splits = data.load_toy(train=1000, dev=100)
+    assert isinstance(tokenizer, Tokenizer)
+    assert all(tokenizer.token_to_id("[UNK]") not in ids for ids in data.encode(tokenizer, splits["train"], 64).ids)

@@ -1,0 +1,183 @@
+"""Metrics against hand-worked sums and frozen values of scikit-learn and scipy; the palette; reading a run folder back."""
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import evaluate
+import mlfs
+from conftest import tiny_bert
+from evaluate import accuracy, f1, matthews, pearson, spearman
+
+P = np.array([1, 1, 0, 1, 0, 0, 1, 0, 1, 1])
+Y = np.array([1, 0, 0, 1, 1, 0, 1, 0, 0, 1])                # tp 4, fp 2, fn 1, tn 3
+A = np.array([0.1, 2.5, 2.5, 4.0, 3.0])
+B = np.array([1.0, 2.0, 3.5, 5.0, 2.0])
+
+
+def test_metrics_by_hand():
+    assert accuracy(P, Y) == 0.7
+    assert f1(P, Y) == pytest.approx(2 * 4 / (2 * 4 + 2 + 1))
+    assert matthews(P, Y) == pytest.approx((4 * 3 - 2 * 1) / np.sqrt(6 * 5 * 5 * 4))
+    assert f1(P * 0, Y) == matthews(P * 0, Y) == pearson(A * 0, B) == 0.0
+
+
+def test_metrics_agree_with_scikit_learn_and_scipy():
+    """Values frozen from sklearn.metrics 1.9 (f1_score, matthews_corrcoef) and scipy.stats 1.17 (pearsonr, spearmanr; with ties)."""
+    assert f1(P, Y) == pytest.approx(0.7272727272727273)
+    assert matthews(P, Y) == pytest.approx(0.408248290463863)
+    assert pearson(A, B) == pytest.approx(0.7995843125475413)
+    assert spearman(A, B) == pytest.approx(0.7631578947368421)
+
+
+def test_the_standard_error():
+    """√(p(1-p)/n) for accuracy; the bootstrap agrees with it on a metric that equals accuracy."""
+    assert evaluate.standard_error("accuracy", P, Y) == pytest.approx(np.sqrt(0.7 * 0.3 / 10))
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=400)
+    y = x + rng.normal(size=400)
+    r = pearson(x, y)
+    assert evaluate.standard_error("pearson", x, y) == pytest.approx((1 - r * r) / np.sqrt(400), rel=0.15)   # Fisher's formula
+
+
+def test_predictions_are_paired_with_their_labels_whatever_the_batches(tiny):
+    rng = np.random.default_rng(0)
+    ids = [rng.integers(50, size=rng.integers(2, 12)).astype(np.int32) for _ in range(30)]
+    examples = data.Examples(ids, [np.zeros(len(x), np.int8) for x in ids], np.arange(30))
+    predictions, labels = evaluate.predict(tiny, tiny.maxnet, examples, batch_size=7)
+    for p, i in zip(predictions, labels):
+        assert p == tiny(torch.from_numpy(ids[i].astype(np.int64))[None])[0].argmax()
+    assert sorted(labels) == list(range(30))
+
+
+def test_the_smallest_within_one_standard_error_of_the_best_is_recommended():
+    rows = [dict(name=n, parameters=p, score=s, stderr=.01) for n, p, s in (("a", 9, .90), ("b", 5, .905), ("c", 3, .896), ("d", 1, .89))]
+    assert evaluate.smallest_as_good(rows)["name"] == "c"
+
+
+# ------------------------------------------------------------------------------------- the commands, on a tiny toy of its own
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """One real run of the command line on a small part of the toy, in seconds."""
+    folder = tmp_path_factory.mktemp("run") / "toy"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "load_toy", lambda load=data.load_toy: load(train=300, dev=100))
+        assert mlfs.main(["--out", str(folder), "--epochs", "1,1,1", "--widths", "1,.5", "--depths", "1,.5"]) == 0
+        yield folder
+
+
+def test_a_run_leaves_the_promised_files(run):
+    """Design: adapters, run.json, log.jsonl, palette.json, palette.md, state; maxnet first, minnet last."""
+    assert sorted(p.name for p in run.iterdir()) == sorted(mlfs.RUN_FILES)
+    palette = json.loads((run / "palette.json").read_text())
+    assert [row["name"] for row in palette["subnets"]] == ["w1-d4", "w1-d2", "w0.5-d4", "w0.5-d2"]
+    row = palette["subnets"][-1]
+    assert {"name", "parameters", "encoder_parameters", "macs", "score", "stderr"} <= row.keys()
+    assert list(row["history"]) == ["sliced teacher", "reordered", "stage 1", "stage 2"]
+    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert {line["stage"] for line in log} == {0, 1, 2} and all("w1-d4" in line["loss"] for line in log if "loss" in line)
+    settings = json.loads((run / "run.json").read_text())
+    assert settings["hyper_parameters"]["rank"] == 8 and len(settings["base"]["sha256"]) == 64 and settings["data"]["dev"] == 100
+
+
+def test_the_palette_can_be_measured_again_from_the_run_folder(run, capsys):
+    """The stored adapters give back the very scores."""
+    assert evaluate.main([str(run)]) == 0
+    printed = capsys.readouterr().out
+    for row in json.loads((run / "palette.json").read_text())["subnets"]:
+        line = next(line for line in printed.splitlines() if line.startswith(f"| {row['name']} "))
+        assert f"{100 * row['score']:.1f}" in line
+
+
+def test_a_run_folder_is_never_overwritten_unasked(run, capsys):
+    command = ["--out", str(run), "--epochs", "1,1,1", "--widths", "1,.5", "--depths", "1,.5"]
+    before = (run / "adapters.safetensors").read_bytes()
+    assert exit_code(command, capsys) == (2, "exists already; go on with --resume, replace it with --overwrite")
+    assert exit_code([*command, "--resume", "--rank", "4"], capsys) == (2, "was started with another hyper_parameters (rank)")
+    assert mlfs.main([*command, "--resume"]) == 0                     # finished: prints the palette again
+    assert (run / "adapters.safetensors").read_bytes() == before
+    (run / "mine.txt").write_text("keep me")
+    assert mlfs.main([*command, "--overwrite"]) == 0
+    assert (run / "mine.txt").read_text() == "keep me"                # only files of ours are replaced
+    assert (run / "adapters.safetensors").read_bytes() == before      # same command, same seed: the same bits
+    (run / "mine.txt").unlink()
+
+
+def exit_code(command: list[str], capsys) -> tuple[int, str]:
+    """The exit code, and the one line on standard error (without its start)."""
+    code = evaluate.exit_on_bad_input(lambda: mlfs.main(command))
+    error = capsys.readouterr().err.strip().splitlines()
+    message = next(line for line in error if line.startswith("error: "))
+    return code, next((words for words in EXPECTED if words in message), message)
+
+
+EXPECTED = ("exists already; go on with --resume, replace it with --overwrite", "was started with another hyper_parameters (rank)")
+
+
+@pytest.mark.parametrize("command, words", [
+    (["--task", "sst3"], "unknown task 'sst3'"),
+    (["--rank", "0"], "rank must be at least 1"),
+    (["--alpha", "2"], "alpha must lie in [0, 1]"),
+    (["--widths", "1,.3"], "a share of 0.3 is not possible"),
+    (["--model", "nowhere"], "nowhere"),
+    (["--task", "sst2", "--model", "nowhere"], "--model: there is no nowhere/config.json"),
+    (["--task", "rte", "--model", str(data.DOWNLOADS / "toy"), "--data-dir", "nowhere"], "there is no nowhere/RTE/train.tsv"),
+    (["--max-length", "4000"], "exceeds the 64 positions"),
+    (["--resume", "--out", "nowhere"], "there is no nowhere/run.json"),
+])
+def test_bad_input_is_one_sentence_and_exit_code_2(command, words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, message = exit_code(command, capsys)
+    assert code == 2 and words in message
+    assert not list(tmp_path.iterdir())                               # and nothing was written
+
+
+def test_without_network_sst2_becomes_the_toy_behind_a_banner(tmp_path, monkeypatch, capsys):
+    """Design §7: on disk, else download, else the toy; whatever was named explicitly never falls back."""
+    def fails(*args):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(data, "DOWNLOADS", tmp_path)
+    monkeypatch.setattr(data, "download_model", fails)
+    monkeypatch.setattr(data, "download_glue", fails)
+    task, model, _, note = mlfs.find_inputs("sst2", None, None)
+    assert (task, model) == ("toy", tmp_path / "toy") and note.startswith("TOY RUN, not BERT-BASE ON SST2")
+    assert "NO BERT-BASE ON SST2" in capsys.readouterr().out
+    with pytest.raises(FileNotFoundError, match="BERT-base could not be downloaded .no route to host"):
+        mlfs.find_inputs("sst2", None, tmp_path)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "config.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match="the data of sst2 could not be downloaded"):
+        mlfs.find_inputs("sst2", tmp_path / "mine", None)
+    fetched = []
+    monkeypatch.setattr(data, "download_model", lambda name, folder: fetched.append(folder.name))
+    monkeypatch.setattr(data, "download_glue", lambda task, folder: fetched.append(task))
+    assert mlfs.find_inputs("sst2", None, None) == ("sst2", tmp_path / "bert-base-uncased", tmp_path / "glue", "")
+    assert fetched == ["bert-base-uncased", "sst2"]
+
+
+def test_a_toy_run_marks_every_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "load_toy", lambda load=data.load_toy: load(train=64, dev=20))
+    monkeypatch.setattr(mlfs, "find_inputs", lambda *_: ("toy", data.DOWNLOADS / "toy", Path("."), "TOY RUN, not BERT-BASE ON SST2"))
+    assert mlfs.main(["--task", "sst2", "--out", str(tmp_path), "--epochs", "1,0,0", "--widths", "1", "--depths", "1,.5"]) == 0
+    for name in set(mlfs.RUN_FILES) - {"state.safetensors"}:
+        assert b"TOY RUN" in (tmp_path / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("spoil, words", [
+    (lambda folder: (folder / "adapters.safetensors").unlink(), "there is no .*adapters.safetensors"),
+    (lambda folder: (folder / "adapters.safetensors").write_bytes(b"short"), "damaged or cut short"),
+    (lambda folder: (folder / "run.json").write_text("{}"), "is not one of ours or was edited"),
+    (lambda folder: (folder / "run.json").write_text((folder / "run.json").read_text().replace('"sha256": "', '"sha256": "0')), "sha256 differs"),
+])
+def test_a_spoiled_run_folder_is_refused_by_name(run, tmp_path, spoil, words):
+    folder = tmp_path / "copy"
+    shutil.copytree(run, folder)
+    spoil(folder)
+    with pytest.raises((ValueError, OSError), match=words):
+        evaluate.load_run(folder)
