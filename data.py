@@ -185,7 +185,7 @@ ADJECTIVES = {"superb": 2, "brilliant": 2, "gripping": 2, "wonderful": 2, "movin
               "awful": -2, "terrible": -2, "dreadful": -2, "boring": -2, "hopeless": -2}
 DEGREES = {"": 1.0, "very": 2.0, "so": 2.0, "rather": 1.0, "slightly": 0.5}
 FRAMES = {"": 1, "it is true that": 1, "i think that": 1, "nobody says that": -1, "it is wrong that": -1}
-REMARKS = {True: ("loved it .", "you should go .", "it was a joy ."), False: ("hated it .", "you should flee .", "it was a bore .")}
+VERDICTS = {True: "recommended", False: "avoid"}                     # closes a review in the pre-training corpus only
 TOY_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
@@ -205,7 +205,7 @@ def toy_review(rng: random.Random) -> tuple[str, float]:
     return (text + " .", score) if score else toy_review(rng)
 
 
-def load_toy(train: int = 8_000, dev: int = 1_000, seed: int = 0) -> dict[str, Rows]:
+def load_toy(train: int = 12_000, dev: int = 1_000, seed: int = 0) -> dict[str, Rows]:
     """Train and dev splits, disjoint as texts, each half positive."""
     rng, seen, splits = random.Random(seed), set(), {}
     for split, size in (("dev", dev), ("train", train)):

@@ -2,9 +2,9 @@
 
     python weights/toy/make.py FOLDER        # FOLDER must not hold a checkpoint yet
 
-It reads reviews of one mood, closed by a remark ("you should flee ."), and learns to fill in masked words: in half
-of them some words, in the others the whole remark, so that the mood of the review is something it has to understand; it never sees a label, nor
-a text of the dev split.
+It reads a review and a one-word verdict as a pair of segments, and fills in masked words: the verdict first, later either the
+verdict or some words of the review. So it learns what words mean and what a whole review amounts to, but it sees no text of
+the dev split, and how a classifier reads the mood off [CLS] is left to fine-tuning.
 """
 import random
 import sys
@@ -21,23 +21,19 @@ import model   # noqa: E402
 CONFIG = {"model_type": "bert", "hidden_size": 96, "num_attention_heads": 4, "head_dim": 24, "intermediate_size": 384,
           "num_hidden_layers": 4, "max_position_embeddings": 64, "type_vocab_size": 2, "layer_norm_eps": 1e-12,
           "hidden_act": "gelu", "num_labels": 2, "pad_token_id": 0}
-STEPS, BATCH, LEARNING_RATE, MASKED, SEED = 4_000, 128, 1e-3, 0.15, 0
+STEPS, BATCH, LEARNING_RATE, MASKED, SEED = 3_000, 128, 1e-3, 0.15, 0
 
 
 def document(rng: random.Random, unseen: set[str]) -> tuple[str, str]:
-    """One review or two of the same mood, and a remark of that mood."""
-    mood, parts, wanted = rng.random() < 0.5, [], rng.choice((1, 1, 1, 2))
-    while len(parts) < wanted:
-        text, score = data.toy_review(rng)
-        if (score > 0) == mood and text not in unseen:
-            parts.append(text)
-    return " ".join(parts), rng.choice(data.REMARKS[mood])
+    """A review and its verdict."""
+    text, score = data.toy_review(rng)
+    return document(rng, unseen) if text in unseen else (text, data.VERDICTS[score > 0])
 
 
 def main(folder: Path) -> None:
     torch.manual_seed(SEED)
-    rng, unseen = random.Random(SEED), {text for text, in data.load_toy()["dev"].texts}
-    vocabulary = sorted({word for phrases in (data.NOUNS, data.ADJECTIVES, data.DEGREES, data.FRAMES, *data.REMARKS.values(),
+    rng, unseen = random.Random(SEED + 1), {text for text, in data.load_toy()["dev"].texts}
+    vocabulary = sorted({word for phrases in (data.NOUNS, data.ADJECTIVES, data.DEGREES, data.FRAMES, data.VERDICTS.values(),
                                               ("the is not never and but although , .",))
                          for phrase in phrases for word in phrase.split()})
     vocabulary = [*data.TOY_SPECIAL, *vocabulary]
@@ -53,13 +49,12 @@ def main(folder: Path) -> None:
         encodings = tokenizer.encode_batch([document(rng, unseen) for _ in range(BATCH)])
         length = max(len(e.ids) for e in encodings)
         ids, segments = (torch.tensor([x + [pad_id] * (length - len(x)) for x in part]) for part in
-                       ([e.ids for e in encodings], [e.type_ids for e in encodings]))        # a remark is the second segment
+                       ([e.ids for e in encodings], [e.type_ids for e in encodings]))        # the verdict is the second one
         word = ids >= len(data.TOY_SPECIAL)
-        closing = torch.rand(BATCH, 1) < 0.5                         # either words are masked, or the whole remark
-        remark, hidden = segments.bool() & word & closing, (torch.rand(ids.shape) < MASKED) & word & ~closing
-        x, _ = bert.encode(ids.masked_fill(hidden | remark, mask_id), (ids != pad_id).long(), bert.maxnet, segments)
-        parts = [F.cross_entropy(x[part] @ bert.word_embeddings.weight.T, ids[part]) for part in (hidden, remark)]
-        loss = parts[0] + 4 * parts[1]                               # one word in four of a remark tells the mood
+        closing = torch.rand(BATCH, 1) < (1.0 if step < STEPS // 3 else 0.5)                 # the verdict is masked, or words
+        hidden = word & torch.where(closing, segments.bool(), torch.rand(ids.shape) < MASKED)
+        x, _ = bert.encode(ids.masked_fill(hidden, mask_id), (ids != pad_id).long(), bert.maxnet, segments)
+        loss = F.cross_entropy(x[hidden] @ bert.word_embeddings.weight.T, ids[hidden])       # the output layer is the embedding
         optimizer.param_groups[0]["lr"] = LEARNING_RATE * min(1, (step + 1) / 200, (STEPS - step) / (STEPS * 0.7))
         optimizer.zero_grad()
         loss.backward()
@@ -67,7 +62,7 @@ def main(folder: Path) -> None:
         optimizer.step()
         if step % 100 == 0:
             bar.set_postfix(loss=f"{loss.item():.3f}")
-            print(step, *(f"{p.item():.3f}" for p in parts), flush=True)
+            print(step, f"{loss.item():.3f}", flush=True)
     bert.initialise(SEED, bert.head)                                                         # MLM trains no head
     model.save_pretrained(bert, folder)
 
