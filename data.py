@@ -1,7 +1,8 @@
-"""What MLFS learns from: the nine GLUE tasks, the built-in toy task, tokenising, and batches of similar length.
+"""What MLFS learns from: the nine GLUE tasks, the built-in toy, tokenising, batches, downloads.
 
-A task is a row of a table, not a class. Files are GLUE's own TSV: a tab separates, quotes mean nothing, a byte-order mark
-and Windows line ends are accepted, an empty sentence is an example like any other (it becomes [CLS] [SEP]).
+A task is a row of a table, not a class. Files are GLUE's own TSV: a tab separates, quotes mean
+nothing, a byte-order mark and Windows line ends are accepted, an empty sentence is an example like
+any other ([CLS] [SEP]).
 """
 import hashlib
 import os
@@ -16,40 +17,45 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.implementations import BertWordPieceTokenizer
 
-DOWNLOADS = Path(__file__).parent / "weights"                        # models and data sets land here, out of version control
+DOWNLOADS = Path(__file__).parent / "weights"        # checkpoints and data sets, git-ignored
 
 
-# -------------------------------------------------------------------------------------------------------------- GLUE
+# ---------------------------------------------------------------------------------------- GLUE
 
 class Task(NamedTuple):
-    """One row of the table. Columns are header names, or numbers where the file has no header."""
+    """A row of the table. Columns are header names, or numbers where the file has no header."""
     folder: str
     archive: str
-    train: str
-    dev: tuple[str, ...]                                             # MNLI has two: matched, mismatched
-    sentences: tuple[str | int, ...]                                 # one column, or two for a pair
+    dev: tuple[str, ...]                             # MNLI has two: matched and mismatched
+    sentences: tuple[str | int, ...]                 # one column, or two for a pair
     label: str | int
-    labels: tuple[str, ...]                                          # () is regression
-    metrics: tuple[str, ...]                                         # the first is the score
+    labels: tuple[str, ...]                          # () is regression
+    metrics: tuple[str, ...]                         # the first is the score
 
 
-NLI = ("entailment", "not_entailment")
+DEV, PAIR = ("dev.tsv",), ("sentence1", "sentence2")
+ENTAILMENT, DUPLICATE = ("entailment", "not_entailment"), ("different", "duplicate")
+MNLI_DEV = ("dev_matched.tsv", "dev_mismatched.tsv")
+MNLI_LABELS = ("entailment", "neutral", "contradiction")
+ACC, ACC_F1, CORRELATIONS = ("accuracy",), ("accuracy", "f1"), ("pearson", "spearman")
+MOOD = ("negative", "positive")
 GLUE = {
-    "cola": Task("CoLA", "CoLA.zip", "train.tsv", ("dev.tsv",), (3,), 1, ("0", "1"), ("matthews",)),
-    "sst2": Task("SST-2", "SST-2.zip", "train.tsv", ("dev.tsv",), ("sentence",), "label", ("negative", "positive"), ("accuracy",)),
-    "mrpc": Task("MRPC", "", "train.tsv", ("dev.tsv",), ("#1 String", "#2 String"), "Quality", ("different", "paraphrase"), ("accuracy", "f1")),
-    "stsb": Task("STS-B", "STS-B.zip", "train.tsv", ("dev.tsv",), ("sentence1", "sentence2"), "score", (), ("pearson", "spearman")),
-    "qqp": Task("QQP", "QQP-clean.zip", "train.tsv", ("dev.tsv",), ("question1", "question2"), "is_duplicate", ("different", "duplicate"), ("accuracy", "f1")),
-    "mnli": Task("MNLI", "MNLI.zip", "train.tsv", ("dev_matched.tsv", "dev_mismatched.tsv"), ("sentence1", "sentence2"), "gold_label", ("entailment", "neutral", "contradiction"), ("accuracy",)),
-    "qnli": Task("QNLI", "QNLIv2.zip", "train.tsv", ("dev.tsv",), ("question", "sentence"), "label", NLI, ("accuracy",)),
-    "rte": Task("RTE", "RTE.zip", "train.tsv", ("dev.tsv",), ("sentence1", "sentence2"), "label", NLI, ("accuracy",)),
-    "wnli": Task("WNLI", "WNLI.zip", "train.tsv", ("dev.tsv",), ("sentence1", "sentence2"), "label", ("0", "1"), ("accuracy",)),
+    "cola": Task("CoLA", "CoLA.zip", DEV, (3,), 1, ("0", "1"), ("matthews",)),
+    "sst2": Task("SST-2", "SST-2.zip", DEV, ("sentence",), "label", MOOD, ACC),
+    "mrpc": Task("MRPC", "", DEV, ("#1 String", "#2 String"), "Quality", DUPLICATE, ACC_F1),
+    "stsb": Task("STS-B", "STS-B.zip", DEV, PAIR, "score", (), CORRELATIONS),
+    "qqp": Task("QQP", "QQP-clean.zip", DEV, ("question1", "question2"), "is_duplicate", DUPLICATE,
+                ACC_F1),
+    "mnli": Task("MNLI", "MNLI.zip", MNLI_DEV, PAIR, "gold_label", MNLI_LABELS, ACC),
+    "qnli": Task("QNLI", "QNLIv2.zip", DEV, ("question", "sentence"), "label", ENTAILMENT, ACC),
+    "rte": Task("RTE", "RTE.zip", DEV, PAIR, "label", ENTAILMENT, ACC),
+    "wnli": Task("WNLI", "WNLI.zip", DEV, PAIR, "label", ("0", "1"), ACC),
 }
-TASKS = GLUE | {"toy": Task("", "", "train", ("dev",), (), "", ("negative", "positive"), ("accuracy",))}
+TASKS = GLUE | {"toy": Task("", "", DEV, (), "", MOOD, ACC)}
 
 
 class Rows(NamedTuple):
-    """A split as text: `texts` holds one- or two-sentence tuples, `labels` class numbers (int64) or scores (float32)."""
+    """A split as text: one or two sentences each; class numbers (int64) or scores (float32)."""
     texts: list[tuple[str, ...]]
     labels: np.ndarray
 
@@ -60,40 +66,43 @@ def load_glue(task: str, split: str, folder: str | Path) -> Rows:
     Labels may be words or digits. Raises FileNotFoundError, or ValueError naming file and line.
     """
     row = GLUE[task]
-    name = row.train if split == "train" else row.dev[split == "dev_mismatched"]
-    path = Path(folder) / row.folder / name
+    path = Path(folder) / row.folder
+    path /= "train.tsv" if split == "train" else row.dev[split == "dev_mismatched"]
     if not path.exists():
-        raise FileNotFoundError(f"{task}: there is no {path}; get it with `python mlfs.py --task {task}` on a machine with "
-                                f"network, or name the folder that holds {row.folder}/ with --data-dir")
+        raise FileNotFoundError(f"{task}: there is no {path}; get it with `python mlfs.py --task "
+                                f"{task}` where there is network, or name the folder that holds "
+                                f"{row.folder}/ with --data-dir")
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")     # not splitlines(): it also cuts at U+2028 and its like
+        text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text (byte {error.start})") from None
-    lines = [line.rstrip("\r").split("\t") for line in lines]
-    while lines and lines[-1] == [""]:
-        lines.pop()
+    cells = [line.rstrip("\r").split("\t") for line in text.split("\n")]     # U+2028 ends no line
+    while cells and cells[-1] == [""]:
+        cells.pop()
     columns, start = (*row.sentences, row.label), 0
-    if isinstance(row.label, str) and lines:
-        header, start = lines[0], 1
+    if isinstance(row.label, str) and cells:
+        header, start = cells[0], 1
         for column in columns:
             if column not in header:
-                raise ValueError(f"{path}, line 1: there is no column {column!r}; the header has {', '.join(header)[:200]}")
+                raise ValueError(f"{path}, line 1: there is no column {column!r}; the header has "
+                                 f"{', '.join(header)[:200]}")
         columns = tuple(header.index(column) for column in columns)
-    numbers = {str(i): i for i in range(len(row.labels))} | {word: i for i, word in enumerate(row.labels)}
+    classes = {str(i): i for i in range(len(row.labels))} | {w: i for i, w in enumerate(row.labels)}
     texts, labels = [], []
-    for number, cells in enumerate(lines[start:], start + 1):
-        if len(cells) <= max(columns):
-            raise ValueError(f"{path}, line {number}: {len(cells)} columns, at least {max(columns) + 1} are needed")
-        *sentences, label = (cells[column].strip() for column in columns)
+    for number, line in enumerate(cells[start:], start + 1):
+        if len(line) <= max(columns):
+            raise ValueError(f"{path}, line {number}: {len(line)} columns, at least "
+                             f"{max(columns) + 1} are needed")
+        *sentences, label = (line[column].strip() for column in columns)
         try:
-            labels.append(numbers[label] if row.labels else finite(label))
+            labels.append(classes[label] if classes else finite(label))
         except (KeyError, ValueError):
-            wanted = ", ".join(numbers) if row.labels else "a number"
-            raise ValueError(f"{path}, line {number}: unknown label {label[:80]!r}; expected {wanted}") from None
+            raise ValueError(f"{path}, line {number}: unknown label {label[:80]!r}; expected "
+                             f"{', '.join(classes) or 'a number'}") from None
         texts.append(tuple(sentences))
     if not texts:
         raise ValueError(f"{path} has no examples")
-    return Rows(texts, np.array(labels, dtype=np.int64 if row.labels else np.float32))
+    return Rows(texts, np.array(labels, dtype=np.int64 if classes else np.float32))
 
 
 def finite(text: str) -> float:
@@ -103,26 +112,26 @@ def finite(text: str) -> float:
 
 
 def load_task(task: str, folder: str | Path) -> dict[str, Rows]:
-    """All labelled splits of a task: train, dev and, for MNLI, dev_mismatched. Raises ValueError if the task is unknown."""
-    if task not in TASKS:
-        raise ValueError(f"unknown task {task!r}; choose from {', '.join(TASKS)}")
+    """All labelled splits: train, dev and, for MNLI, dev_mismatched."""
     if task == "toy":
         return load_toy()
     names = ("train", "dev", "dev_mismatched")[:1 + len(TASKS[task].dev)]
     return {split: load_glue(task, split, folder) for split in names}
 
 
-# --------------------------------------------------------------------------------------------------------- downloads
+# ----------------------------------------------------------------------------------- downloads
 
 GLUE_URL = "https://dl.fbaipublicfiles.com/glue/data/"
 MRPC_URL = "https://dl.fbaipublicfiles.com/senteval/senteval_data/msr_paraphrase_train.txt"
-MRPC_DEV_IDS = "https://dl.fbaipublicfiles.com/glue/data/mrpc_dev_ids.tsv"
 BERT_BASE = "google-bert/bert-base-uncased"
-MODEL_FILES = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.txt"]
+MODEL_FILES = ["config.json", "model.safetensors", "tokenizer.json", "vocab.txt"]
 
 
 def download_glue(task: str, folder: Path) -> None:
-    """Fetch a GLUE task into `folder`/TASK, with progress bars. OSError if it cannot be had whole; never a partial file."""
+    """Fetch a GLUE task into `folder`/TASK, with progress bars.
+
+    Raises OSError if it cannot be had whole; never leaves a partial file.
+    """
     row, target = GLUE[task], Path(folder) / GLUE[task].folder
     target.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target) as scratch:
@@ -130,12 +139,15 @@ def download_glue(task: str, folder: Path) -> None:
             path = Path(scratch) / url.rpartition("/")[2]
             torch.hub.download_url_to_file(url, str(path))
             return path
+
         try:
             if row.archive:
-                with zipfile.ZipFile(fetch(GLUE_URL + row.archive)) as archive:    # a broken download is no zip file
-                    files = {name: archive.read(f"{row.folder}/{name}") for name in (row.train, *row.dev)}
+                with zipfile.ZipFile(fetch(GLUE_URL + row.archive)) as archive:
+                    files = {name: archive.read(f"{row.folder}/{name}")       # checks its digest
+                             for name in ("train.tsv", *row.dev)}
             else:
-                files = split_mrpc(fetch(MRPC_URL).read_bytes(), fetch(MRPC_DEV_IDS).read_bytes())
+                ids = fetch(GLUE_URL + "mrpc_dev_ids.tsv")
+                files = split_mrpc(fetch(MRPC_URL).read_bytes(), ids.read_bytes())
         except (zipfile.BadZipFile, KeyError, ValueError) as error:
             raise OSError(f"the download of {task} is not whole: {error}") from None
         for name, content in files.items():
@@ -145,63 +157,115 @@ def download_glue(task: str, folder: Path) -> None:
 
 
 def split_mrpc(corpus: bytes, dev_ids: bytes) -> dict[str, bytes]:
-    """MRPC comes as one file of 4,076 pairs and the id pairs of the 408 that GLUE calls dev."""
-    dev = {tuple(line.split(b"\t")) for line in dev_ids.replace(b"\r", b"").splitlines()}
+    """MRPC comes as one file of 4,076 pairs, and the id pairs of the 408 that GLUE calls dev."""
+    dev = {tuple(line.split(b"\t")) for line in dev_ids.replace(b"\r", b"").split(b"\n")}
     header, *lines = corpus.replace(b"\r", b"").removesuffix(b"\n").split(b"\n")
     parts = {"train.tsv": [], "dev.tsv": []}
     for line in lines:
-        parts["dev.tsv" if tuple(line.split(b"\t")[1:3]) in dev else "train.tsv"].append(line)
-    if (len(parts["train.tsv"]), len(parts["dev.tsv"])) != (3668, 408):
-        raise ValueError(f"{len(parts['train.tsv'])} train and {len(parts['dev.tsv'])} dev pairs, not 3668 and 408")
-    return {name: b"\n".join([header, *lines]) + b"\n" for name, lines in parts.items()}
+        in_dev = tuple(line.split(b"\t")[1:3]) in dev
+        parts["dev.tsv" if in_dev else "train.tsv"].append(line)
+    sizes = [len(part) for part in parts.values()]
+    if sizes != [3668, 408]:
+        raise ValueError(f"{sizes[0]} train and {sizes[1]} dev pairs, not 3668 and 408")
+    return {name: b"\n".join([header, *part]) + b"\n" for name, part in parts.items()}
 
 
 def download_model(name: str, folder: Path) -> None:
-    """Fetch a checkpoint from the Hugging Face hub into `folder`, with progress bars. OSError if it cannot be had."""
-    from huggingface_hub import snapshot_download                    # comes with tokenizers; caches, resumes, honours HF_*
+    """Fetch a checkpoint from the Hugging Face hub, with progress bars; OSError if it fails."""
+    from huggingface_hub import snapshot_download    # comes with tokenizers; caches, honours HF_*
     try:
         snapshot_download(name, local_dir=folder, allow_patterns=MODEL_FILES, etag_timeout=5)
-    except Exception as error:                                       # httpx's own errors are no OSErrors
+    except Exception as error:                       # its HTTP errors are no OSErrors
         raise OSError(str(error).splitlines()[0]) from None
 
 
+BANNER = """{line}
+NO {wanted}: IT IS NOT ON THIS MACHINE AND COULD NOT BE DOWNLOADED
+({reason})
+What follows is the BUILT-IN TOY, a 0.5M-parameter model on generated sentences.
+Its figures say nothing about {wanted}.
+With network, this command downloads BERT-base and the data.
+Without, name your own: --model FOLDER --data-dir FOLDER
+{line}"""
+
+
+def find_inputs(task: str, model: Path | None,
+                data_dir: Path | None) -> tuple[str, Path, Path, str]:
+    """(task, model folder, data folder, note): on disk, else downloaded, else the toy and a banner.
+
+    What was named never falls back: ValueError for an unknown task, FileNotFoundError saying what
+    is missing, where it was looked for, and how to get it.
+    """
+    if task not in TASKS:
+        raise ValueError(f"unknown task {task!r}; choose from {', '.join(TASKS)}")
+    if model and not (model / "config.json").exists():
+        raise FileNotFoundError(f"--model: there is no {model / 'config.json'}; weights/README.md "
+                                f"tells how to get a checkpoint")
+    toy, bert = DOWNLOADS / "toy", DOWNLOADS / "bert-base-uncased"
+    glue = data_dir or DOWNLOADS / "glue"
+    if task == "toy":
+        return task, model or toy, glue, ""
+    row, missing, place, option = GLUE[task], "BERT-base", bert, "--model"
+    try:
+        if not model and not (bert / "model.safetensors").exists():
+            download_model(BERT_BASE, bert)
+        missing, place, option = f"the data of {task}", glue / row.folder, "--data-dir"
+        if not data_dir and not all((place / name).exists() for name in ("train.tsv", *row.dev)):
+            download_glue(task, glue)
+    except OSError as error:
+        if model or data_dir:
+            raise FileNotFoundError(f"{missing} is not in {place} and could not be downloaded "
+                                    f"({error}); put it there, or name its folder with "
+                                    f"{option}") from None
+        wanted = f"BERT-BASE ON {task.upper()}"
+        print(BANNER.format(line="!" * 90, wanted=wanted, reason=error), flush=True)
+        return "toy", toy, glue, f"TOY RUN, not {wanted}: nothing could be downloaded"
+    return task, model or bert, glue, ""
+
+
 def sha256(path: Path) -> str:
-    """The file's digest in hexadecimal; FileNotFoundError says which file is missing."""
+    """A file's digest in hexadecimal; FileNotFoundError names the file."""
     if not path.exists():
         raise FileNotFoundError(f"there is no {path}")
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-# --------------------------------------------------------------------------------------------------- the built-in toy
-# A small language of film reviews. Every adjective has a sign and a strength; "not" and "nobody says that" flip a clause,
-# "very" and "slightly" scale it, "and" adds two clauses, "but" and "although" tell which of two decides. The label is the
-# sign of the whole: no word list solves it, a model has to compose.
+# ----------------------------------------------------------------------------- the built-in toy
+# A small language of film reviews. Every adjective has a sign and a strength; "not" and "nobody
+# says that" flip a clause, "very" and "slightly" scale it, "and" adds two clauses, "but" and
+# "although" tell which of two decides. The label is the sign of the whole: no word list solves it,
+# a model has to compose.
 
-NOUNS = "film plot cast score ending script dialogue humour pace music hero story scene idea voice".split()
+NOUNS = ("film plot cast score ending script dialogue humour pace music hero story scene idea "
+         "voice").split()
 ADJECTIVES = {"superb": 2, "brilliant": 2, "gripping": 2, "wonderful": 2, "moving": 2,
               "good": 1, "nice": 1, "charming": 1, "clever": 1, "warm": 1, "fresh": 1, "funny": 1,
               "dull": -1, "slow": -1, "weak": -1, "thin": -1, "flat": -1, "cold": -1, "clumsy": -1,
               "awful": -2, "terrible": -2, "dreadful": -2, "boring": -2, "hopeless": -2}
 DEGREES = {"": 1.0, "very": 2.0, "so": 2.0, "rather": 1.0, "slightly": 0.5}
-FRAMES = {"": 1, "it is true that": 1, "i think that": 1, "nobody says that": -1, "it is wrong that": -1}
-VERDICTS = {True: "recommended", False: "avoid"}                     # closes a review in the pre-training corpus only
+FRAMES = {"": 1, "it is true that": 1, "i think that": 1, "nobody says that": -1,
+          "it is wrong that": -1}
+VERDICTS = {True: "recommended", False: "avoid"}     # closes a review, in pre-training only
 TOY_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
 def toy_clause(rng: random.Random) -> tuple[str, float]:
     """A clause such as "nobody says that the plot is not very good", and its sentiment."""
     adjective = rng.choice(list(ADJECTIVES))
-    degree, frame = rng.choices(list(DEGREES), (6, 2, 2, 1, 2))[0], rng.choices(list(FRAMES), (8, 1, 1, 1, 1))[0]
+    degree = rng.choices(list(DEGREES), (6, 2, 2, 1, 2))[0]
+    frame = rng.choices(list(FRAMES), (8, 1, 1, 1, 1))[0]
     negation = rng.choices(("", "not", "never"), (6, 2, 1))[0]
     words = (frame, "the", rng.choice(NOUNS), "is", negation, degree, adjective)
-    return " ".join(filter(None, words)), ADJECTIVES[adjective] * DEGREES[degree] * FRAMES[frame] * (-1 if negation else 1)
+    sentiment = ADJECTIVES[adjective] * DEGREES[degree] * FRAMES[frame] * (-1 if negation else 1)
+    return " ".join(filter(None, words)), sentiment
 
 
 def toy_review(rng: random.Random) -> tuple[str, float]:
     """One sentence of one or two clauses, and its sentiment (never 0)."""
     (a, x), (b, y) = toy_clause(rng), toy_clause(rng)
-    text, score = rng.choice(((a, x), (f"{a} and {b}", x + y), (f"{a} but {b}", y), (f"although {a} , {b}", y), (f"{a} although {b}", x)))
+    text, score = rng.choice(((a, x), (f"{a} and {b}", x + y), (f"{a} but {b}", y),
+                              (f"although {a} , {b}", y), (f"{a} although {b}", x)))
     return (text + " .", score) if score else toy_review(rng)
 
 
@@ -222,45 +286,51 @@ def load_toy(train: int = 12_000, dev: int = 1_000, seed: int = 0) -> dict[str, 
     return splits
 
 
-# --------------------------------------------------------------------------------------------------- tokens, batches
+# ----------------------------------------------------------------------------- tokens, batches
 
 class Examples(NamedTuple):
-    """A tokenised split.    [CLS] is this jack ##son ##ville ? [SEP] no it is not . [SEP]
-                  segments:    0    0   0    0     0      0   0   0    1  1  1  1  1   1  """
+    """A tokenised split.
+    ids:       [CLS] is this jack ##son ##ville ? [SEP] no it is not . [SEP]
+    segments:    0    0   0    0     0      0   0   0    1  1  1  1  1   1
+    """
     ids: list[np.ndarray]
     segments: list[np.ndarray]
     labels: np.ndarray
 
     def take(self, rows: np.ndarray) -> "Examples":
-        return Examples([self.ids[i] for i in rows], [self.segments[i] for i in rows], self.labels[rows])
+        ids, segments = ([part[i] for i in rows] for part in (self.ids, self.segments))
+        return Examples(ids, segments, self.labels[rows])
 
 
 def load_tokenizer(folder: str | Path, vocab_size: int | None = None) -> Tokenizer:
-    """tokenizer.json, or uncased WordPiece from vocab.txt. ValueError if it is damaged or its ids exceed `vocab_size`."""
-    folder = Path(folder)
-    whole, words = folder / "tokenizer.json", folder / "vocab.txt"
+    """tokenizer.json, or uncased WordPiece from vocab.txt.
+
+    Raises FileNotFoundError, or ValueError if it is damaged or its ids exceed `vocab_size`.
+    """
+    whole, words = Path(folder) / "tokenizer.json", Path(folder) / "vocab.txt"
     path = whole if whole.exists() else words
     if not path.exists():
         raise FileNotFoundError(f"there is neither {whole} nor {words}")
     try:
-        if path is whole:
+        if path == whole:
             tokenizer = Tokenizer.from_file(str(path))
         else:
             tokenizer = BertWordPieceTokenizer(str(path), lowercase=True)._tokenizer
-    except Exception as error:                                       # the library raises bare Exception for every fault
+    except Exception as error:                       # the library raises bare Exception
         raise ValueError(f"{path} is not a tokenizer: {error}") from None
     largest = max(tokenizer.get_vocab().values(), default=-1)
     if vocab_size is not None and largest >= vocab_size:
-        raise ValueError(f"{path} has token ids up to {largest}; the model's embedding has {vocab_size} rows")
+        raise ValueError(f"{path} has token ids up to {largest}; the model's embedding has "
+                         f"{vocab_size} rows")
     return tokenizer
 
 
 def encode(tokenizer: Tokenizer, rows: Rows, max_length: int) -> Examples:
-    """Token and segment ids; at most `max_length` tokens, cut from the longer sentence of a pair first."""
+    """Token and segment ids, at most `max_length`; the longer sentence of a pair is cut first."""
     tokenizer.no_padding()
     tokenizer.enable_truncation(max_length, strategy="longest_first")
     ids, segments = [], []
-    for start in range(0, len(rows.texts), 8192):                    # a bounded number of bulky Encoding objects at a time
+    for start in range(0, len(rows.texts), 8192):    # a bounded number of bulky Encodings at a time
         texts = [text if len(text) > 1 else text[0] for text in rows.texts[start:start + 8192]]
         for encoding in tokenizer.encode_batch_fast(texts):
             ids.append(np.array(encoding.ids, dtype=np.int32))
@@ -268,29 +338,37 @@ def encode(tokenizer: Tokenizer, rows: Rows, max_length: int) -> Examples:
     return Examples(ids, segments, rows.labels)
 
 
-def batches(examples: Examples, batch_size: int, seed: int | tuple[int, ...] | None = None,
-            device: str | torch.device = "cpu") -> Iterator[tuple[dict[str, torch.Tensor | None], torch.Tensor]]:
-    """One epoch of ({ids, mask, segments} each (B, T), labels (B,)), T the longest of the batch; mask is None without padding.
+def hold_out(examples: Examples, seed: int) -> tuple[Examples, Examples]:
+    """(train, held-out): 5% of TRAIN, at most 512 examples, to watch the maxnet by."""
+    rows = np.random.default_rng(seed).permutation(len(examples.labels))
+    size = min(512, len(rows) // 20)
+    return examples.take(np.sort(rows[size:])), examples.take(np.sort(rows[:size]))
 
-    seed None: sorted by length (for evaluation). Else every example once, in a random order that only depends on the seed:
-    shuffled, sorted by length within stretches of 50 batches so that little is padded, and the batches shuffled again.
+
+def batches(examples: Examples, batch_size: int, seed: int | tuple[int, ...] | None = None,
+            device: str | torch.device = "cpu") -> Iterator[tuple[dict, torch.Tensor]]:
+    """One epoch of ({"ids", "segments", "mask"} each (B, T), labels (B,)).
+
+    T is the longest of the batch; mask (1 where a token is real) is None when nothing is padded.
+    seed None: by length. Else each example once, in an order that depends on the seed alone:
+    shuffled, sorted by length within stretches of 50 batches, and the batches shuffled again.
     """
     lengths = np.array([len(x) for x in examples.ids])
     if seed is None:
         order = np.argsort(lengths, kind="stable")
-        groups = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
     else:
-        rng = np.random.default_rng(seed)
+        rng, stretch = np.random.default_rng(seed), 50 * batch_size
         order = rng.permutation(len(lengths))
-        stretches = [order[i:i + 50 * batch_size] for i in range(0, len(order), 50 * batch_size)]
+        stretches = (order[i:i + stretch] for i in range(0, len(order), stretch))
         order = np.concatenate([s[np.argsort(lengths[s], kind="stable")] for s in stretches])
-        groups = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
-        groups = [groups[i] for i in rng.permutation(len(groups))]
-    for group in groups:
+    groups = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
+    for group in groups if seed is None else [groups[i] for i in rng.permutation(len(groups))]:
         ids = np.zeros((len(group), lengths[group].max()), dtype=np.int64)
         segments, mask = ids.copy(), ids.copy()
         for row, i in enumerate(group):
-            ids[row, :lengths[i]], segments[row, :lengths[i]], mask[row, :lengths[i]] = examples.ids[i], examples.segments[i], 1
-        inputs = {"ids": ids, "segments": segments, "mask": None if mask.all() else mask}
-        yield ({key: None if x is None else torch.from_numpy(x).to(device) for key, x in inputs.items()},
-               torch.from_numpy(examples.labels[group]).to(device))
+            ids[row, :lengths[i]], mask[row, :lengths[i]] = examples.ids[i], 1
+            segments[row, :lengths[i]] = examples.segments[i]
+        padded, labels = not mask.all(), examples.labels[group]
+        ids, segments, mask, labels = (torch.from_numpy(x).to(device)
+                                       for x in (ids, segments, mask, labels))
+        yield {"ids": ids, "segments": segments, "mask": mask if padded else None}, labels

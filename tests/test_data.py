@@ -82,7 +82,7 @@ def test_bad_scores_bad_bytes_missing_files_and_unknown_tasks(tmp_path):
     with pytest.raises(FileNotFoundError, match="there is no .*RTE/dev.tsv; get it with"):
         data.load_glue("rte", "dev", tmp_path)
     with pytest.raises(ValueError, match="unknown task 'sst3'; choose from cola, sst2"):
-        data.load_task("sst3", tmp_path)
+        data.find_inputs("sst3", None, tmp_path)
 
 
 # -------------------------------------------------------------------------------------------------------------- tokens

@@ -17,6 +17,7 @@ P = np.array([1, 1, 0, 1, 0, 0, 1, 0, 1, 1])
 Y = np.array([1, 0, 0, 1, 1, 0, 1, 0, 0, 1])                # tp 4, fp 2, fn 1, tn 3
 A = np.array([0.1, 2.5, 2.5, 4.0, 3.0])
 B = np.array([1.0, 2.0, 3.5, 5.0, 2.0])
+LOAD_TOY = data.load_toy
 
 
 def test_metrics_by_hand():
@@ -54,9 +55,10 @@ def test_predictions_are_paired_with_their_labels_whatever_the_batches(tiny):
     assert sorted(labels) == list(range(30))
 
 
-def test_the_smallest_within_one_standard_error_of_the_best_is_recommended():
-    rows = [dict(name=n, parameters=p, score=s, stderr=.01) for n, p, s in (("a", 9, .90), ("b", 5, .905), ("c", 3, .896), ("d", 1, .89))]
-    assert evaluate.smallest_as_good(rows)["name"] == "c"
+def test_within_one_standard_error_the_smaller_subnet_is_shipped():
+    rows = [dict(name=n, parameters=p, score=s, stderr=.01) for n, p, s in
+            (("large", 9, .93), ("same", 7, .915), ("middle", 5, .91), ("worse", 3, .88), ("small", 1, .89))]
+    assert [row["name"] for row in evaluate.worth_shipping(rows)] == ["small", "middle", "large"]
 
 
 # ------------------------------------------------------------------------------------- the commands, on a tiny toy of its own
@@ -66,14 +68,14 @@ def run(tmp_path_factory):
     """One real run of the command line on a small part of the toy, in seconds."""
     folder = tmp_path_factory.mktemp("run") / "toy"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "load_toy", lambda load=data.load_toy: load(train=300, dev=100))
+        patch.setattr(data, "load_toy", lambda: LOAD_TOY(train=300, dev=100))
         assert mlfs.main(["--out", str(folder), "--epochs", "1,1,1", "--widths", "1,.5", "--depths", "1,.5"]) == 0
         yield folder
 
 
 def test_a_run_leaves_the_promised_files(run):
     """Design: adapters, run.json, log.jsonl, palette.json, palette.md, state; maxnet first, minnet last."""
-    assert sorted(p.name for p in run.iterdir()) == sorted(mlfs.RUN_FILES)
+    assert sorted(p.name for p in run.iterdir()) == sorted(evaluate.RUN_FILES)
     palette = json.loads((run / "palette.json").read_text())
     assert [row["name"] for row in palette["subnets"]] == ["w1-d4", "w1-d2", "w0.5-d4", "w0.5-d2"]
     row = palette["subnets"][-1]
@@ -145,34 +147,34 @@ def test_without_network_sst2_becomes_the_toy_behind_a_banner(tmp_path, monkeypa
     monkeypatch.setattr(data, "DOWNLOADS", tmp_path)
     monkeypatch.setattr(data, "download_model", fails)
     monkeypatch.setattr(data, "download_glue", fails)
-    task, model, _, note = mlfs.find_inputs("sst2", None, None)
+    task, model, _, note = data.find_inputs("sst2", None, None)
     assert (task, model) == ("toy", tmp_path / "toy") and note.startswith("TOY RUN, not BERT-BASE ON SST2")
     assert "NO BERT-BASE ON SST2" in capsys.readouterr().out
-    with pytest.raises(FileNotFoundError, match="BERT-base could not be downloaded .no route to host"):
-        mlfs.find_inputs("sst2", None, tmp_path)
+    with pytest.raises(FileNotFoundError, match="BERT-base is not in .* and could not be downloaded .no route to host"):
+        data.find_inputs("sst2", None, tmp_path)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "config.json").write_text("{}")
-    with pytest.raises(FileNotFoundError, match="the data of sst2 could not be downloaded"):
-        mlfs.find_inputs("sst2", tmp_path / "mine", None)
+    with pytest.raises(FileNotFoundError, match="the data of sst2 is not in .* could not be downloaded"):
+        data.find_inputs("sst2", tmp_path / "mine", None)
     fetched = []
     monkeypatch.setattr(data, "download_model", lambda name, folder: fetched.append(folder.name))
     monkeypatch.setattr(data, "download_glue", lambda task, folder: fetched.append(task))
-    assert mlfs.find_inputs("sst2", None, None) == ("sst2", tmp_path / "bert-base-uncased", tmp_path / "glue", "")
+    assert data.find_inputs("sst2", None, None) == ("sst2", tmp_path / "bert-base-uncased", tmp_path / "glue", "")
     assert fetched == ["bert-base-uncased", "sst2"]
 
 
 def test_a_toy_run_marks_every_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "load_toy", lambda load=data.load_toy: load(train=64, dev=20))
-    monkeypatch.setattr(mlfs, "find_inputs", lambda *_: ("toy", data.DOWNLOADS / "toy", Path("."), "TOY RUN, not BERT-BASE ON SST2"))
+    monkeypatch.setattr(data, "load_toy", lambda: LOAD_TOY(train=64, dev=20))
+    monkeypatch.setattr(data, "find_inputs", lambda *_: ("toy", data.DOWNLOADS / "toy", Path("."), "TOY RUN, not BERT-BASE ON SST2"))
     assert mlfs.main(["--task", "sst2", "--out", str(tmp_path), "--epochs", "1,0,0", "--widths", "1", "--depths", "1,.5"]) == 0
-    for name in set(mlfs.RUN_FILES) - {"state.safetensors"}:
+    for name in set(evaluate.RUN_FILES) - {"state.safetensors"}:
         assert b"TOY RUN" in (tmp_path / name).read_bytes(), name
 
 
 @pytest.mark.parametrize("spoil, words", [
     (lambda folder: (folder / "adapters.safetensors").unlink(), "there is no .*adapters.safetensors"),
     (lambda folder: (folder / "adapters.safetensors").write_bytes(b"short"), "damaged or cut short"),
-    (lambda folder: (folder / "run.json").write_text("{}"), "is not one of ours or was edited"),
+    (lambda folder: (folder / "run.json").write_text("{}"), "is not one of ours, or was edited"),
     (lambda folder: (folder / "run.json").write_text((folder / "run.json").read_text().replace('"sha256": "', '"sha256": "0')), "sha256 differs"),
 ])
 def test_a_spoiled_run_folder_is_refused_by_name(run, tmp_path, spoil, words):

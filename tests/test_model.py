@@ -81,8 +81,7 @@ def test_n_j_counts_the_adapter_entries_that_get_a_gradient(tiny):
         tiny.zero_grad()
         tiny(**batch(), phi=phi)[0].square().sum().backward()
         touched = sum(int((p.grad != 0).sum()) for name, p in tiny.named_parameters() if name.endswith((".A.0", ".B.0")) and p.grad is not None)
-        keys_bias_free = touched + sum(p.numel() for p in ())        # a key's constant shift cancels in softmax, its slope does not
-        assert tiny.num_trainable(phi) == keys_bias_free
+        assert tiny.num_trainable(phi) == touched
 
 
 def test_bert_base_has_the_papers_sizes():
@@ -135,19 +134,15 @@ def test_save_and_load_give_the_same_bits_and_never_overwrite(tiny, tmp_path):
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
 def test_loading_copies_nothing_that_the_file_can_back(tmp_path):
-    """The frozen weights are views of the memory-mapped file: loading reads no tensor into memory of its own."""
-    import resource
-    model = tiny_bert(vocab_size=400_000, hidden_size=64, head_dim=16)                       # 100 MB, nearly all embeddings
-    save_pretrained(model, tmp_path)
-    del model
-    peak = lambda: int(next(line for line in open("/proc/self/status") if line.startswith("RssAnon")).split()[1])
-    if not Path("/proc/self/status").exists():
-        pytest.skip("needs Linux's /proc")
-    before = peak()
+    """The frozen weights are views of the memory-mapped file: a 100 MB checkpoint takes no 100 MB of the process's own memory."""
+    own = lambda: int(next(line for line in open("/proc/self/status") if line.startswith("RssAnon")).split()[1])    # kB
+    save_pretrained(tiny_bert(vocab_size=400_000, hidden_size=64, head_dim=16), tmp_path)
+    before = own()
     model = load_pretrained(tmp_path)
-    assert peak() - before < 20_000                                                          # kB, of a file of 100,000
-    assert model.word_embeddings.weight[7, 3].isfinite() and resource
+    assert own() - before < 20_000
+    assert model.word_embeddings.weight[7, 3].isfinite()
 
 
 def damaged(tmp_path, edit=None, config=None):
