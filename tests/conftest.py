@@ -18,9 +18,20 @@ def tiny():
 
 
 def tiny_bert(seed: int = 0, **changes) -> Bert:
-    config = {"model_type": "bert", "vocab_size": 50, "hidden_size": 16, "num_attention_heads": 4, "head_dim": 4,
-              "intermediate_size": 24, "num_hidden_layers": 4, "max_position_embeddings": 32, "type_vocab_size": 2,
-              "layer_norm_eps": 1e-12, "hidden_act": "gelu", "num_labels": 3} | changes
+    config = {
+        "model_type": "bert",
+        "vocab_size": 50,
+        "hidden_size": 16,
+        "num_attention_heads": 4,
+        "head_dim": 4,
+        "intermediate_size": 24,
+        "num_hidden_layers": 4,
+        "max_position_embeddings": 32,
+        "type_vocab_size": 2,
+        "layer_norm_eps": 1e-12,
+        "hidden_act": "gelu",
+        "num_labels": 3,
+    } | changes
     model, generator = Bert(config), torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():
@@ -53,5 +64,5 @@ def random_phi(seed: int) -> SubnetConfig:
     """Any Φ of `tiny_bert`: width, depth and hidden size all vary."""
     draw = lambda low, high: int(torch.randint(low, high + 1, (), generator=generator))
     generator = torch.Generator().manual_seed(seed)
-    layers = tuple(sorted(torch.randperm(4, generator=generator)[:draw(1, 4)].tolist()))
+    layers = tuple(sorted(torch.randperm(4, generator=generator)[: draw(1, 4)].tolist()))
     return SubnetConfig(draw(4, 16), draw(1, 4), draw(1, 24), layers)

@@ -1,4 +1,5 @@
 """Readers, tokenising, batches, downloads and the toy language."""
+
 import zipfile
 
 import numpy as np
@@ -17,23 +18,65 @@ def write(folder, name: str, text: str) -> None:
 
 # One row of each task, in the columns of GLUE's own files.
 FILES = {
-    "cola": ("CoLA/train.tsv", 'gj04\t0\t*\tThe "quoted car drove.\n', ('The "quoted car drove.',), 0),
+    "cola": (
+        "CoLA/train.tsv",
+        'gj04\t0\t*\tThe "quoted car drove.\n',
+        ('The "quoted car drove.',),
+        0,
+    ),
     "sst2": ("SST-2/train.tsv", "sentence\tlabel\na gripping film \t1\n", ("a gripping film",), 1),
-    "mrpc": ("MRPC/train.tsv", "Quality\t#1 ID\t#2 ID\t#1 String\t#2 String\n1\t10\t11\tOne \" two\tThree\n", ('One " two', "Three"), 1),
-    "stsb": ("STS-B/train.tsv", "index\tgenre\tfilename\tyear\told_index\tsource1\tsource2\tsentence1\tsentence2\tscore\n"
-             "0\tm\tf\ty\t1\tn\tn\tA plane.\tAn air plane.\t3.750\n", ("A plane.", "An air plane."), 3.75),
-    "qqp": ("QQP/train.tsv", "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate\n1\t2\t3\tWhy?\tHow?\t0\n", ("Why?", "How?"), 0),
-    "mnli": ("MNLI/train.tsv", "index\tpromptID\tpairID\tgenre\ts1b\ts2b\ts1p\ts2p\tsentence1\tsentence2\tlabel1\tgold_label\n"
-             "0\t1\t2\tfiction\ta\tb\tc\td\tP.\tH.\tneutral\tcontradiction\n", ("P.", "H."), 2),
-    "qnli": ("QNLI/train.tsv", "index\tquestion\tsentence\tlabel\n0\tWho?\tHe did.\tnot_entailment\n", ("Who?", "He did."), 1),
-    "rte": ("RTE/train.tsv", "index\tsentence1\tsentence2\tlabel\n0\tA.\tB.\tentailment\n", ("A.", "B."), 0),
-    "wnli": ("WNLI/train.tsv", "index\tsentence1\tsentence2\tlabel\n0\tA.\tB.\t1\n", ("A.", "B."), 1),
+    "mrpc": (
+        "MRPC/train.tsv",
+        'Quality\t#1 ID\t#2 ID\t#1 String\t#2 String\n1\t10\t11\tOne " two\tThree\n',
+        ('One " two', "Three"),
+        1,
+    ),
+    "stsb": (
+        "STS-B/train.tsv",
+        "index\tgenre\tfilename\tyear\told_index\tsource1\tsource2\tsentence1\tsentence2\tscore\n"
+        "0\tm\tf\ty\t1\tn\tn\tA plane.\tAn air plane.\t3.750\n",
+        ("A plane.", "An air plane."),
+        3.75,
+    ),
+    "qqp": (
+        "QQP/train.tsv",
+        "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate\n1\t2\t3\tWhy?\tHow?\t0\n",
+        ("Why?", "How?"),
+        0,
+    ),
+    "mnli": (
+        "MNLI/train.tsv",
+        "index\tpromptID\tpairID\tgenre\ts1b\ts2b\ts1p\ts2p\tsentence1\tsentence2\tlabel1\tgold_label\n"
+        "0\t1\t2\tfiction\ta\tb\tc\td\tP.\tH.\tneutral\tcontradiction\n",
+        ("P.", "H."),
+        2,
+    ),
+    "qnli": (
+        "QNLI/train.tsv",
+        "index\tquestion\tsentence\tlabel\n0\tWho?\tHe did.\tnot_entailment\n",
+        ("Who?", "He did."),
+        1,
+    ),
+    "rte": (
+        "RTE/train.tsv",
+        "index\tsentence1\tsentence2\tlabel\n0\tA.\tB.\tentailment\n",
+        ("A.", "B."),
+        0,
+    ),
+    "wnli": (
+        "WNLI/train.tsv",
+        "index\tsentence1\tsentence2\tlabel\n0\tA.\tB.\t1\n",
+        ("A.", "B."),
+        1,
+    ),
 }
 
 
 @pytest.mark.parametrize("task", data.GLUE)
 def test_every_glue_task_is_read_from_its_own_columns(task, tmp_path):
-    """Quotes are ordinary characters, blanks at the ends go, words and digits both name a class, STS-B is a number."""
+    """Quotes are ordinary characters, blanks at the ends go, words and digits both name a class,
+    STS-B is a number.
+    """
     name, text, sentences, label = FILES[task]
     write(tmp_path, name, text)
     rows = data.load_glue(task, "train", tmp_path)
@@ -43,7 +86,11 @@ def test_every_glue_task_is_read_from_its_own_columns(task, tmp_path):
 
 def test_mnli_has_two_dev_sets_and_digits_name_classes_too(tmp_path):
     header = "index\tsentence1\tsentence2\tgold_label\n"
-    for name, text in (("train.tsv", "0\ta\tb\tneutral\n"), ("dev_matched.tsv", "0\tm\tb\t2\n"), ("dev_mismatched.tsv", "0\tmm\tb\tentailment\n")):
+    for name, text in (
+        ("train.tsv", "0\ta\tb\tneutral\n"),
+        ("dev_matched.tsv", "0\tm\tb\t2\n"),
+        ("dev_mismatched.tsv", "0\tmm\tb\tentailment\n"),
+    ):
         write(tmp_path, f"MNLI/{name}", header + text)
     splits = data.load_task("mnli", tmp_path)
     assert [splits[s].texts[0][0] for s in ("train", "dev", "dev_mismatched")] == ["a", "m", "mm"]
@@ -51,19 +98,27 @@ def test_mnli_has_two_dev_sets_and_digits_name_classes_too(tmp_path):
 
 
 def test_a_byte_order_mark_windows_lines_and_odd_separators_are_harmless(tmp_path):
-    """U+2028 and U+0085 are characters of a sentence, not ends of line; an empty sentence is an example."""
+    """U+2028 and U+0085 are characters of a sentence, not ends of line; an empty sentence is an
+    example.
+    """
     write(tmp_path, "SST-2/dev.tsv", "\ufeffsentence\tlabel\r\na\u2028b\u0085c\t1\r\n\t0\r\n\r\n")
     rows = data.load_glue("sst2", "dev", tmp_path)
     assert rows.texts == [("a\u2028b\u0085c",), ("",)] and rows.labels.tolist() == [1, 0]
 
 
-@pytest.mark.parametrize("text, words", [
-    ("sentence\tlabel\ngood\t1\nno label here\n", r"dev.tsv, line 3: 1 columns, at least 2"),
-    ("sentence\tlabel\ngood\tmaybe\n", r"dev.tsv, line 2: unknown label 'maybe'; expected 0, 1, negative, positive"),
-    ("text\tlabel\ngood\t1\n", r"line 1: there is no column 'sentence'"),
-    ("sentence\tlabel\n", "has no examples"),
-    ("", "has no examples"),
-])
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("sentence\tlabel\ngood\t1\nno label here\n", r"dev.tsv, line 3: 1 columns, at least 2"),
+        (
+            "sentence\tlabel\ngood\tmaybe\n",
+            r"dev.tsv, line 2: unknown label 'maybe'; expected 0, 1, negative, positive",
+        ),
+        ("text\tlabel\ngood\t1\n", r"line 1: there is no column 'sentence'"),
+        ("sentence\tlabel\n", "has no examples"),
+        ("", "has no examples"),
+    ],
+)
 def test_a_bad_row_is_named_by_file_and_line(tmp_path, text, words):
     write(tmp_path, "SST-2/dev.tsv", text)
     with pytest.raises(ValueError, match=words):
@@ -85,9 +140,25 @@ def test_bad_scores_bad_bytes_missing_files_and_unknown_tasks(tmp_path):
         data.find_inputs("sst3", None, tmp_path)
 
 
-# -------------------------------------------------------------------------------------------------------------- tokens
+# ------------------------------------------------------------------------------------------ tokens
 
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "is", "this", "jack", "##son", "##ville", "?", "no", "it", "not", "."]
+WORDS = [
+    "[PAD]",
+    "[UNK]",
+    "[CLS]",
+    "[SEP]",
+    "[MASK]",
+    "is",
+    "this",
+    "jack",
+    "##son",
+    "##ville",
+    "?",
+    "no",
+    "it",
+    "not",
+    ".",
+]
 
 
 @pytest.fixture
@@ -109,7 +180,9 @@ def test_a_pair_is_uncased_word_pieces_with_segments(folder):
     assert decode(encoded.ids[1]) == "[CLS] [SEP]"
     BertWordPieceTokenizer(str(folder / "vocab.txt")).save(str(folder / "tokenizer.json"))
     again = data.encode(data.load_tokenizer(folder), rows, 32)
-    assert all((a == b).all() for a, b in zip(encoded.ids + encoded.segments, again.ids + again.segments))
+    assert all(
+        (a == b).all() for a, b in zip(encoded.ids + encoded.segments, again.ids + again.segments)
+    )
 
 
 def test_the_longer_sentence_of_a_pair_is_cut_first(folder):
@@ -128,7 +201,8 @@ def test_a_tokenizer_that_does_not_fit_the_embedding_is_refused(folder):
         data.load_tokenizer(folder / "nowhere")
 
 
-# ------------------------------------------------------------------------------------------------------------- batches
+# ----------------------------------------------------------------------------------------- batches
+
 
 def numbered(n: int = 237) -> data.Examples:
     """Example i holds its own number, repeated a random number of times."""
@@ -155,10 +229,13 @@ def test_the_order_depends_on_the_seed_alone_and_little_is_padded():
     assert padded < 1.15 * sum(len(x) for x in numbered().ids)
 
 
-# ----------------------------------------------------------------------------------------------------------- downloads
+# --------------------------------------------------------------------------------------- downloads
+
 
 def test_a_download_is_unpacked_whole_or_not_at_all(tmp_path, monkeypatch):
-    """The network is replaced by one that delivers, breaks off, or is absent; no partial file is ever left."""
+    """The network is replaced by one that delivers, breaks off, or is absent; no partial file is
+    ever left.
+    """
     whole = tmp_path / "whole.zip"
     with zipfile.ZipFile(whole, "w") as archive:
         for name in ("train.tsv", "dev.tsv", "test.tsv"):
@@ -181,20 +258,33 @@ def test_a_download_is_unpacked_whole_or_not_at_all(tmp_path, monkeypatch):
         assert not list((tmp_path / "glue" / "SST-2").iterdir())
     monkeypatch.setattr(torch.hub, "download_url_to_file", deliver)
     data.download_glue("sst2", tmp_path / "glue")
-    assert sorted(p.name for p in (tmp_path / "glue" / "SST-2").iterdir()) == ["dev.tsv", "train.tsv"]
+    assert sorted(p.name for p in (tmp_path / "glue" / "SST-2").iterdir()) == [
+        "dev.tsv",
+        "train.tsv",
+    ]
     assert data.load_glue("sst2", "train", tmp_path / "glue").texts == [("good",)]
 
 
 def test_mrpc_is_split_by_the_list_of_dev_ids():
     lines = [f"1\t{i}\t{i + 1}\tone {i}\ttwo" for i in range(4076)]
     corpus = "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\r\n" + "\r\n".join(lines) + "\r\n"
-    parts = data.split_mrpc(corpus.encode(), "".join(f"{i}\t{i + 1}\r\n" for i in range(0, 816, 2)).encode())
-    assert parts["dev.tsv"].count(b"\n") == 409 and b"one 814\t" in parts["dev.tsv"] and b"one 815\t" in parts["train.tsv"]
+    parts = data.split_mrpc(
+        corpus.encode(), "".join(f"{i}\t{i + 1}\r\n" for i in range(0, 816, 2)).encode()
+    )
+    assert (
+        parts["dev.tsv"].count(b"\n") == 409
+        and b"one 814\t" in parts["dev.tsv"]
+        and b"one 815\t" in parts["train.tsv"]
+    )
     with pytest.raises(ValueError, match="3667 train"):
-        data.split_mrpc(corpus.replace("\r\n" + lines[-1], "").encode(), "".join(f"{i}\t{i + 1}\n" for i in range(0, 816, 2)).encode())
+        data.split_mrpc(
+            corpus.replace("\r\n" + lines[-1], "").encode(),
+            "".join(f"{i}\t{i + 1}\n" for i in range(0, 816, 2)).encode(),
+        )
 
 
-# ------------------------------------------------------------------------------------------------------------- the toy
+# ----------------------------------------------------------------------------------------- the toy
+
 
 def test_the_toys_splits_are_balanced_and_share_no_text():
     splits = data.load_toy(train=500, dev=200)
@@ -205,11 +295,17 @@ def test_the_toys_splits_are_balanced_and_share_no_text():
 
 
 def test_no_word_list_solves_the_toy():
-    """The best bag of words (a least-squares fit on 4,000 sentences) stays far from the 95% that composing reaches."""
+    """The best bag of words (a least-squares fit on 4,000 sentences) stays far from the 95% that
+    composing reaches.
+    """
     splits = data.load_toy(train=4000, dev=1000)
     words = sorted({w for (text,) in splits["train"].texts for w in text.split()})
-    counts = lambda rows: np.array([[text.split().count(w) for w in words] + [1] for (text,) in rows.texts], float)
-    weights = np.linalg.lstsq(counts(splits["train"]), 2.0 * splits["train"].labels - 1, rcond=None)[0]
+    counts = lambda rows: np.array(
+        [[text.split().count(w) for w in words] + [1] for (text,) in rows.texts], float
+    )
+    weights = np.linalg.lstsq(
+        counts(splits["train"]), 2.0 * splits["train"].labels - 1, rcond=None
+    )[0]
     score = ((counts(splits["dev"]) @ weights > 0) == splits["dev"].labels).mean()
     assert 0.5 < score < 0.75
 
@@ -218,4 +314,7 @@ def test_the_toys_tokenizer_knows_every_word():
     tokenizer = data.load_tokenizer(data.DOWNLOADS / "toy")
     splits = data.load_toy(train=1000, dev=100)
     assert isinstance(tokenizer, Tokenizer)
-    assert all(tokenizer.token_to_id("[UNK]") not in ids for ids in data.encode(tokenizer, splits["train"], 64).ids)
+    assert all(
+        tokenizer.token_to_id("[UNK]") not in ids
+        for ids in data.encode(tokenizer, splits["train"], 64).ids
+    )

@@ -1,4 +1,7 @@
-"""Metrics against hand-worked sums and frozen values of scikit-learn and scipy; the palette; reading a run folder back."""
+"""Metrics against hand-worked sums and frozen values of scikit-learn and scipy; the palette;
+reading a run folder back.
+"""
+
 import json
 import shutil
 from pathlib import Path
@@ -14,7 +17,7 @@ from conftest import tiny_bert
 from evaluate import accuracy, f1, matthews, pearson, spearman
 
 P = np.array([1, 1, 0, 1, 0, 0, 1, 0, 1, 1])
-Y = np.array([1, 0, 0, 1, 1, 0, 1, 0, 0, 1])                # tp 4, fp 2, fn 1, tn 3
+Y = np.array([1, 0, 0, 1, 1, 0, 1, 0, 0, 1])  # tp 4, fp 2, fn 1, tn 3
 A = np.array([0.1, 2.5, 2.5, 4.0, 3.0])
 B = np.array([1.0, 2.0, 3.5, 5.0, 2.0])
 LOAD_TOY = data.load_toy
@@ -28,7 +31,9 @@ def test_metrics_by_hand():
 
 
 def test_metrics_agree_with_scikit_learn_and_scipy():
-    """Values frozen from sklearn.metrics 1.9 (f1_score, matthews_corrcoef) and scipy.stats 1.17 (pearsonr, spearmanr; with ties)."""
+    """Values frozen from sklearn.metrics 1.9 (f1_score, matthews_corrcoef) and scipy.stats 1.17
+    (pearsonr, spearmanr; with ties).
+    """
     assert f1(P, Y) == pytest.approx(0.7272727272727273)
     assert matthews(P, Y) == pytest.approx(0.408248290463863)
     assert pearson(A, B) == pytest.approx(0.7995843125475413)
@@ -42,7 +47,9 @@ def test_the_standard_error():
     x = rng.normal(size=400)
     y = x + rng.normal(size=400)
     r = pearson(x, y)
-    assert evaluate.standard_error("pearson", x, y) == pytest.approx((1 - r * r) / np.sqrt(400), rel=0.15)   # Fisher's formula
+    assert evaluate.standard_error("pearson", x, y) == pytest.approx(
+        (1 - r * r) / np.sqrt(400), rel=0.15
+    )  # Fisher's formula
 
 
 def test_predictions_are_paired_with_their_labels_whatever_the_batches(tiny):
@@ -56,12 +63,21 @@ def test_predictions_are_paired_with_their_labels_whatever_the_batches(tiny):
 
 
 def test_within_one_standard_error_the_smaller_subnet_is_shipped():
-    rows = [dict(name=n, parameters=p, score=s, stderr=.01) for n, p, s in
-            (("large", 9, .93), ("same", 7, .915), ("middle", 5, .91), ("worse", 3, .88), ("small", 1, .89))]
+    rows = [
+        dict(name=n, parameters=p, score=s, stderr=0.01)
+        for n, p, s in (
+            ("large", 9, 0.93),
+            ("same", 7, 0.915),
+            ("middle", 5, 0.91),
+            ("worse", 3, 0.88),
+            ("small", 1, 0.89),
+        )
+    ]
     assert [row["name"] for row in evaluate.worth_shipping(rows)] == ["small", "middle", "large"]
 
 
-# ------------------------------------------------------------------------------------- the commands, on a tiny toy of its own
+# ---------------------------------------------------------- the commands, on a tiny toy of its own
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
@@ -69,12 +85,19 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "toy"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "load_toy", lambda: LOAD_TOY(train=300, dev=100))
-        assert mlfs.main(["--out", str(folder), "--epochs", "1,1,1", "--widths", "1,.5", "--depths", "1,.5"]) == 0
+        assert (
+            mlfs.main(
+                ["--out", str(folder), "--epochs", "1,1,1", "--widths", "1,.5", "--depths", "1,.5"]
+            )
+            == 0
+        )
         yield folder
 
 
 def test_a_run_leaves_the_promised_files(run):
-    """Design: adapters, run.json, log.jsonl, palette.json, palette.md, state; maxnet first, minnet last."""
+    """Design: adapters, run.json, log.jsonl, palette.json, palette.md, state; maxnet first, minnet
+    last.
+    """
     assert sorted(p.name for p in run.iterdir()) == sorted(evaluate.RUN_FILES)
     palette = json.loads((run / "palette.json").read_text())
     assert [row["name"] for row in palette["subnets"]] == ["w1-d4", "w1-d2", "w0.5-d4", "w0.5-d2"]
@@ -82,9 +105,15 @@ def test_a_run_leaves_the_promised_files(run):
     assert {"name", "parameters", "encoder_parameters", "macs", "score", "stderr"} <= row.keys()
     assert list(row["history"]) == ["sliced teacher", "reordered", "stage 1", "stage 2"]
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    assert {line["stage"] for line in log} == {0, 1, 2} and all("w1-d4" in line["loss"] for line in log if "loss" in line)
+    assert {line["stage"] for line in log} == {0, 1, 2} and all(
+        "w1-d4" in line["loss"] for line in log if "loss" in line
+    )
     settings = json.loads((run / "run.json").read_text())
-    assert settings["hyper_parameters"]["rank"] == 8 and len(settings["base"]["sha256"]) == 64 and settings["data"]["dev"] == 100
+    assert (
+        settings["hyper_parameters"]["rank"] == 8
+        and len(settings["base"]["sha256"]) == 64
+        and settings["data"]["dev"] == 100
+    )
 
 
 def test_the_palette_can_be_measured_again_from_the_run_folder(run, capsys):
@@ -99,14 +128,22 @@ def test_the_palette_can_be_measured_again_from_the_run_folder(run, capsys):
 def test_a_run_folder_is_never_overwritten_unasked(run, capsys):
     command = ["--out", str(run), "--epochs", "1,1,1", "--widths", "1,.5", "--depths", "1,.5"]
     before = (run / "adapters.safetensors").read_bytes()
-    assert exit_code(command, capsys) == (2, "exists already; go on with --resume, replace it with --overwrite")
-    assert exit_code([*command, "--resume", "--rank", "4"], capsys) == (2, "was started with another hyper_parameters (rank)")
-    assert mlfs.main([*command, "--resume"]) == 0                     # finished: prints the palette again
+    assert exit_code(command, capsys) == (
+        2,
+        "exists already; go on with --resume, replace it with --overwrite",
+    )
+    assert exit_code([*command, "--resume", "--rank", "4"], capsys) == (
+        2,
+        "was started with another hyper_parameters (rank)",
+    )
+    assert mlfs.main([*command, "--resume"]) == 0  # finished: prints the palette again
     assert (run / "adapters.safetensors").read_bytes() == before
     (run / "mine.txt").write_text("keep me")
     assert mlfs.main([*command, "--overwrite"]) == 0
-    assert (run / "mine.txt").read_text() == "keep me"                # only files of ours are replaced
-    assert (run / "adapters.safetensors").read_bytes() == before      # same command, same seed: the same bits
+    assert (run / "mine.txt").read_text() == "keep me"  # only files of ours are replaced
+    assert (
+        run / "adapters.safetensors"
+    ).read_bytes() == before  # same command, same seed: the same bits
     (run / "mine.txt").unlink()
 
 
@@ -118,29 +155,41 @@ def exit_code(command: list[str], capsys) -> tuple[int, str]:
     return code, next((words for words in EXPECTED if words in message), message)
 
 
-EXPECTED = ("exists already; go on with --resume, replace it with --overwrite", "was started with another hyper_parameters (rank)")
+EXPECTED = (
+    "exists already; go on with --resume, replace it with --overwrite",
+    "was started with another hyper_parameters (rank)",
+)
 
 
-@pytest.mark.parametrize("command, words", [
-    (["--task", "sst3"], "unknown task 'sst3'"),
-    (["--rank", "0"], "rank must be at least 1"),
-    (["--alpha", "2"], "alpha must lie in [0, 1]"),
-    (["--widths", "1,.3"], "a share of 0.3 is not possible"),
-    (["--model", "nowhere"], "nowhere"),
-    (["--task", "sst2", "--model", "nowhere"], "--model: there is no nowhere/config.json"),
-    (["--task", "rte", "--model", str(data.DOWNLOADS / "toy"), "--data-dir", "nowhere"], "there is no nowhere/RTE/train.tsv"),
-    (["--max-length", "4000"], "exceeds the 64 positions"),
-    (["--resume", "--out", "nowhere"], "there is no nowhere/run.json"),
-])
+@pytest.mark.parametrize(
+    "command, words",
+    [
+        (["--task", "sst3"], "unknown task 'sst3'"),
+        (["--rank", "0"], "rank must be at least 1"),
+        (["--alpha", "2"], "alpha must lie in [0, 1]"),
+        (["--widths", "1,.3"], "a share of 0.3 is not possible"),
+        (["--model", "nowhere"], "nowhere"),
+        (["--task", "sst2", "--model", "nowhere"], "--model: there is no nowhere/config.json"),
+        (
+            ["--task", "rte", "--model", str(data.DOWNLOADS / "toy"), "--data-dir", "nowhere"],
+            "there is no nowhere/RTE/train.tsv",
+        ),
+        (["--max-length", "4000"], "exceeds the 64 positions"),
+        (["--resume", "--out", "nowhere"], "there is no nowhere/run.json"),
+    ],
+)
 def test_bad_input_is_one_sentence_and_exit_code_2(command, words, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code, message = exit_code(command, capsys)
     assert code == 2 and words in message
-    assert not list(tmp_path.iterdir())                               # and nothing was written
+    assert not list(tmp_path.iterdir())  # and nothing was written
 
 
 def test_without_network_sst2_becomes_the_toy_behind_a_banner(tmp_path, monkeypatch, capsys):
-    """Design §7: on disk, else download, else the toy; whatever was named explicitly never falls back."""
+    """Design §7: on disk, else download, else the toy; whatever was named explicitly never falls
+    back.
+    """
+
     def fails(*args):
         raise OSError("no route to host")
 
@@ -148,35 +197,84 @@ def test_without_network_sst2_becomes_the_toy_behind_a_banner(tmp_path, monkeypa
     monkeypatch.setattr(data, "download_model", fails)
     monkeypatch.setattr(data, "download_glue", fails)
     task, model, _, note = data.find_inputs("sst2", None, None)
-    assert (task, model) == ("toy", tmp_path / "toy") and note.startswith("TOY RUN, not BERT-BASE ON SST2")
+    assert (task, model) == ("toy", tmp_path / "toy") and note.startswith(
+        "TOY RUN, not BERT-BASE ON SST2"
+    )
     assert "NO BERT-BASE ON SST2" in capsys.readouterr().out
-    with pytest.raises(FileNotFoundError, match="BERT-base is not in .* and could not be downloaded .no route to host"):
+    with pytest.raises(
+        FileNotFoundError,
+        match="BERT-base is not in .* and could not be downloaded .no route to host",
+    ):
         data.find_inputs("sst2", None, tmp_path)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "config.json").write_text("{}")
-    with pytest.raises(FileNotFoundError, match="the data of sst2 is not in .* could not be downloaded"):
+    with pytest.raises(
+        FileNotFoundError, match="the data of sst2 is not in .* could not be downloaded"
+    ):
         data.find_inputs("sst2", tmp_path / "mine", None)
     fetched = []
     monkeypatch.setattr(data, "download_model", lambda name, folder: fetched.append(folder.name))
     monkeypatch.setattr(data, "download_glue", lambda task, folder: fetched.append(task))
-    assert data.find_inputs("sst2", None, None) == ("sst2", tmp_path / "bert-base-uncased", tmp_path / "glue", "")
+    assert data.find_inputs("sst2", None, None) == (
+        "sst2",
+        tmp_path / "bert-base-uncased",
+        tmp_path / "glue",
+        "",
+    )
     assert fetched == ["bert-base-uncased", "sst2"]
 
 
 def test_a_toy_run_marks_every_file(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "load_toy", lambda: LOAD_TOY(train=64, dev=20))
-    monkeypatch.setattr(data, "find_inputs", lambda *_: ("toy", data.DOWNLOADS / "toy", Path("."), "TOY RUN, not BERT-BASE ON SST2"))
-    assert mlfs.main(["--task", "sst2", "--out", str(tmp_path), "--epochs", "1,0,0", "--widths", "1", "--depths", "1,.5"]) == 0
+    monkeypatch.setattr(
+        data,
+        "find_inputs",
+        lambda *_: ("toy", data.DOWNLOADS / "toy", Path("."), "TOY RUN, not BERT-BASE ON SST2"),
+    )
+    assert (
+        mlfs.main(
+            [
+                "--task",
+                "sst2",
+                "--out",
+                str(tmp_path),
+                "--epochs",
+                "1,0,0",
+                "--widths",
+                "1",
+                "--depths",
+                "1,.5",
+            ]
+        )
+        == 0
+    )
     for name in set(evaluate.RUN_FILES) - {"state.safetensors"}:
         assert b"TOY RUN" in (tmp_path / name).read_bytes(), name
 
 
-@pytest.mark.parametrize("spoil, words", [
-    (lambda folder: (folder / "adapters.safetensors").unlink(), "there is no .*adapters.safetensors"),
-    (lambda folder: (folder / "adapters.safetensors").write_bytes(b"short"), "damaged or cut short"),
-    (lambda folder: (folder / "run.json").write_text("{}"), "is not one of ours, or was edited"),
-    (lambda folder: (folder / "run.json").write_text((folder / "run.json").read_text().replace('"sha256": "', '"sha256": "0')), "sha256 differs"),
-])
+@pytest.mark.parametrize(
+    "spoil, words",
+    [
+        (
+            lambda folder: (folder / "adapters.safetensors").unlink(),
+            "there is no .*adapters.safetensors",
+        ),
+        (
+            lambda folder: (folder / "adapters.safetensors").write_bytes(b"short"),
+            "damaged or cut short",
+        ),
+        (
+            lambda folder: (folder / "run.json").write_text("{}"),
+            "is not one of ours, or was edited",
+        ),
+        (
+            lambda folder: (folder / "run.json").write_text(
+                (folder / "run.json").read_text().replace('"sha256": "', '"sha256": "0')
+            ),
+            "sha256 differs",
+        ),
+    ],
+)
 def test_a_spoiled_run_folder_is_refused_by_name(run, tmp_path, spoil, words):
     folder = tmp_path / "copy"
     shutil.copytree(run, folder)

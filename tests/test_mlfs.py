@@ -1,4 +1,7 @@
-"""The algorithm: the configuration space, the losses, Eq. 6 and Alg. 1, each against torch.distributions, autograd or sums by hand."""
+"""The algorithm: the configuration space, the losses, Eq. 6 and Alg. 1, each against
+torch.distributions, autograd or sums by hand.
+"""
+
 import dataclasses
 import math
 
@@ -11,9 +14,25 @@ import data
 import evaluate
 import mlfs as m
 from conftest import batch, randomise_adapters, tiny_bert
-from mlfs import HyperParameters, configuration_space, fd_loss, feature_projections, gradient_scale, kd_loss, sample_sub_transformers
+from mlfs import (
+    HyperParameters,
+    configuration_space,
+    fd_loss,
+    feature_projections,
+    gradient_scale,
+    kd_loss,
+    sample_sub_transformers,
+)
 
-HP = HyperParameters(rank=2, epochs=(1, 1, 1), batch_size=8, learning_rate=1e-2, d_low=4, dtype="float32", reorder=False)
+HP = HyperParameters(
+    rank=2,
+    epochs=(1, 1, 1),
+    batch_size=8,
+    learning_rate=1e-2,
+    d_low=4,
+    dtype="float32",
+    reorder=False,
+)
 
 
 def examples(n: int = 24, seed: int = 0) -> data.Examples:
@@ -23,19 +42,36 @@ def examples(n: int = 24, seed: int = 0) -> data.Examples:
     return data.Examples(ids, [np.zeros(len(x), np.int8) for x in ids], rng.integers(3, size=n))
 
 
-# ----------------------------------------------------------------------------------------------------------- 𝒜 and 𝒜_s
+# --------------------------------------------------------------------------------------- 𝒜 and 𝒜_s
+
 
 def test_the_space_starts_with_the_maxnet_and_ends_with_the_minnet(tiny):
     """Sec. 4: Φ_1 is the teacher's own configuration; widths x depths (x hidden sizes) follow."""
-    space = configuration_space(tiny.maxnet, hidden=(1, .5))
+    space = configuration_space(tiny.maxnet, hidden=(1, 0.5))
     assert space[0] == tiny.maxnet and len(space) == 18 == len(set(space))
-    assert (space[-1].hidden_size, space[-1].num_attention_heads, space[-1].intermediate_size, space[-1].layers) == (8, 2, 12, (1, 3))
-    assert [phi.name for phi in configuration_space(tiny.maxnet)] == [f"w{w}-d{d}" for w in ("1", "0.75", "0.5") for d in (4, 3, 2)]
+    assert (
+        space[-1].hidden_size,
+        space[-1].num_attention_heads,
+        space[-1].intermediate_size,
+        space[-1].layers,
+    ) == (8, 2, 12, (1, 3))
+    assert [phi.name for phi in configuration_space(tiny.maxnet)] == [
+        f"w{w}-d{d}" for w in ("1", "0.75", "0.5") for d in (4, 3, 2)
+    ]
     assert all(set(space[-1].layers) <= set(phi.layers) for phi in space)
 
 
-@pytest.mark.parametrize("share", [dict(widths=[0.3]), dict(widths=[0]), dict(depths=[0.1]), dict(depths=[1.5]), dict(hidden=[-1]),
-                                   dict(hidden=[math.nan])])
+@pytest.mark.parametrize(
+    "share",
+    [
+        dict(widths=[0.3]),
+        dict(widths=[0]),
+        dict(depths=[0.1]),
+        dict(depths=[1.5]),
+        dict(hidden=[-1]),
+        dict(hidden=[math.nan]),
+    ],
+)
 def test_a_share_that_the_model_cannot_take_is_refused(tiny, share):
     with pytest.raises(ValueError, match="is not possible: this model has"):
         configuration_space(tiny.maxnet, **share)
@@ -43,7 +79,9 @@ def test_a_share_that_the_model_cannot_take_is_refused(tiny, share):
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_phi_1_is_always_the_maxnet_and_stage_1_keeps_the_depth(tiny, stage):
-    """Sec. 5: stage 0 trains the teacher alone, stage 1 varies widths at full depth, stage 2 widths and depths."""
+    """Sec. 5: stage 0 trains the teacher alone, stage 1 varies widths at full depth, stage 2 widths
+    and depths.
+    """
     space = configuration_space(tiny.maxnet)
     drawn = [sample_sub_transformers(space, stage, 4, (0, stage, step)) for step in range(50)]
     assert all(subnets[0] == tiny.maxnet and len(set(subnets)) == len(subnets) for subnets in drawn)
@@ -53,17 +91,24 @@ def test_phi_1_is_always_the_maxnet_and_stage_1_keeps_the_depth(tiny, stage):
         assert all(len(phi.layers) == 4 for subnets in drawn for phi in subnets)
         assert {len(subnets) for subnets in drawn} == {3}
     if stage == 2:
-        assert all(len(subnets) == 4 and subnets[1] == space[-1] for subnets in drawn)      # the sandwich: maxnet, minnet, two more
-        assert {phi for subnets in drawn for phi in subnets} == set(space)                   # each is drawn at times
-    assert drawn[7] == sample_sub_transformers(space, stage, 4, (0, stage, 7))               # the draw depends on the seed alone
+        assert all(
+            len(subnets) == 4 and subnets[1] == space[-1] for subnets in drawn
+        )  # the sandwich: maxnet, minnet, two more
+        assert {phi for subnets in drawn for phi in subnets} == set(space)  # each is drawn at times
+    assert drawn[7] == sample_sub_transformers(
+        space, stage, 4, (0, stage, 7)
+    )  # the draw depends on the seed alone
 
 
-# --------------------------------------------------------------------------------------------------------------- losses
+# ------------------------------------------------------------------------------------------ losses
+
 
 @pytest.mark.parametrize("kl", ["reverse", "forward"])
 @pytest.mark.parametrize("t", [1.0, 2.5])
 def test_kd_is_the_kl_divergence_in_the_order_chosen(kl, t):
-    """ℓ_KD[z_j, z_1] = KL[σ(z_j/t), σ(z_1/t)]: student first as printed, teacher first with --kl forward."""
+    """ℓ_KD[z_j, z_1] = KL[σ(z_j/t), σ(z_1/t)]: student first as printed, teacher first with --kl
+    forward.
+    """
     torch.manual_seed(0)
     z_j, z_1 = torch.randn(5, 3), torch.randn(5, 3)
     student, teacher = (torch.distributions.Categorical(logits=z / t) for z in (z_j, z_1))
@@ -76,8 +121,12 @@ def test_kd_is_the_kl_divergence_in_the_order_chosen(kl, t):
 def test_kd_of_two_classes_by_hand():
     """p = (3/4, 1/4), q = (1/2, 1/2): KL[p, q] = 3/4 ln 3/2 + 1/4 ln 1/2."""
     z_j, z_1 = torch.tensor([[math.log(3.0), 0.0]]), torch.zeros(1, 2)
-    assert kd_loss(z_j, z_1).item() == pytest.approx(0.75 * math.log(1.5) + 0.25 * math.log(0.5), abs=1e-6)
-    assert kd_loss(z_j, z_1, kl="forward").item() == pytest.approx(0.5 * math.log(2 / 3) + 0.5 * math.log(2), abs=1e-6)
+    assert kd_loss(z_j, z_1).item() == pytest.approx(
+        0.75 * math.log(1.5) + 0.25 * math.log(0.5), abs=1e-6
+    )
+    assert kd_loss(z_j, z_1, kl="forward").item() == pytest.approx(
+        0.5 * math.log(2 / 3) + 0.5 * math.log(2), abs=1e-6
+    )
 
 
 def test_kd_of_a_regression_is_the_squared_error():
@@ -86,14 +135,18 @@ def test_kd_of_a_regression_is_the_squared_error():
 
 
 def test_eq11_fd_projects_with_the_leading_columns_of_the_maxnets_U():
-    """U_j^l = [U_1^{g_j(l)}]_Φ: a subnet of hidden size 2 uses two columns, at the minnet's layers only, padding left out."""
-    U = {1: torch.tensor([[1., 0., 2.], [0., 1., 0.]])}                              # d_low = 2, d_1 = 3, g_min = {layer 1}
-    h_1 = {0: torch.full((1, 2, 3), 9.), 1: torch.tensor([[[1., 1., 1.], [5., 5., 5.]]])}
-    h_j = {1: torch.tensor([[[1., 3.], [7., 7.]]])}
+    """U_j^l = [U_1^{g_j(l)}]_Φ: a subnet of hidden size 2 uses two columns, at the minnet's layers
+    only, padding left out.
+    """
+    U = {
+        1: torch.tensor([[1.0, 0.0, 2.0], [0.0, 1.0, 0.0]])
+    }  # d_low = 2, d_1 = 3, g_min = {layer 1}
+    h_1 = {0: torch.full((1, 2, 3), 9.0), 1: torch.tensor([[[1.0, 1.0, 1.0], [5.0, 5.0, 5.0]]])}
+    h_j = {1: torch.tensor([[[1.0, 3.0], [7.0, 7.0]]])}
     mask = torch.tensor([[1, 0]])
     # token 0: U_j h_j = (1, 3), U_1 h_1 = (1 + 2, 1) -> squared distance 4 + 4 = 8; token 1 is padding
     assert fd_loss(h_j, h_1, U, 0.1, mask, fd_sum=True).item() == pytest.approx(0.8)
-    assert fd_loss(h_j, h_1, U, 0.1, mask).item() == pytest.approx(0.4)              # mean over d_low: ours
+    assert fd_loss(h_j, h_1, U, 0.1, mask).item() == pytest.approx(0.4)  # mean over d_low: ours
     # token 1: (7, 7) against (15, 5) -> 64 + 4 = 68; without a mask the mean over both tokens
     assert fd_loss(h_j, h_1, U, 0.1, None, fd_sum=True).item() == pytest.approx(0.1 * (8 + 68) / 2)
 
@@ -101,12 +154,19 @@ def test_eq11_fd_projects_with_the_leading_columns_of_the_maxnets_U():
 def test_U_has_orthonormal_rows_one_for_each_layer_of_the_minnet(tiny):
     minnet = configuration_space(tiny.maxnet)[-1]
     U = feature_projections(minnet.layers, 4, 16, seed=0)
-    assert set(U) == set(minnet.layers) and all(torch.allclose(u @ u.T, torch.eye(4), atol=1e-5) for u in U.values())
-    assert feature_projections((0,), 64, 16, seed=0)[0].shape == (16, 16)             # d_low cannot exceed the hidden size
+    assert set(U) == set(minnet.layers) and all(
+        torch.allclose(u @ u.T, torch.eye(4), atol=1e-5) for u in U.values()
+    )
+    assert feature_projections((0,), 64, 16, seed=0)[0].shape == (
+        16,
+        16,
+    )  # d_low cannot exceed the hidden size
 
 
 def test_learning_U_freely_collapses_and_ours_does_not():
-    """Sec. 5 says that U is learned. Applied to both sides its optimum is U = 0, whatever the features; with orthonormal rows not."""
+    """Sec. 5 says that U is learned. Applied to both sides its optimum is U = 0, whatever the
+    features; with orthonormal rows not.
+    """
     torch.manual_seed(0)
     h_j, h_1 = {0: torch.randn(2, 5, 8)}, {0: torch.randn(2, 5, 8)}
     losses, norms = {}, {}
@@ -122,19 +182,24 @@ def test_learning_U_freely_collapses_and_ours_does_not():
                 m.orthonormalise(U)
         losses[keep], norms[keep] = loss.item(), U[0].norm().item()
     assert norms[False] < 0.01 and losses[False] < 1e-4
-    assert norms[True] == pytest.approx(2.0, abs=1e-4) and losses[True] > 0.1         # four orthonormal rows: norm 2
+    assert (
+        norms[True] == pytest.approx(2.0, abs=1e-4) and losses[True] > 0.1
+    )  # four orthonormal rows: norm 2
 
 
-# ------------------------------------------------------------------------------------------------------------ Algorithm 1
+# ------------------------------------------------------------------------------------- Algorithm 1
+
 
 def test_the_accumulated_gradient_is_eq6(tiny, monkeypatch):
-    """∇ = 1/|𝒜_s| Σ_j (n_1/n_j)^γ ∇ loss_j, with loss_1 = CE (α = 0) and loss_j = (1-α) CE + α (KD + FD): by autograd, term by term."""
+    """∇ = 1/|𝒜_s| Σ_j (n_1/n_j)^γ ∇ loss_j, with loss_1 = CE (α = 0) and loss_j = (1-α) CE + α (KD
+    + FD): by autograd, term by term.
+    """
     hp = dataclasses.replace(HP, gamma=2.0, alpha=0.7, clip=0.0, epochs=(0, 0, 1), batch_size=24)
     data_, space = examples(), configuration_space(tiny.maxnet)
     run = m.mlfs(tiny, data_, space, hp)
-    at = [next(run) for _ in range(3)][-1]                                            # the three stages begin; two have no steps
+    at = [next(run) for _ in range(3)][-1]  # the three stages begin; two have no steps
     randomise_adapters(tiny)
-    (x, y), = m.stage_batches(data_, hp, 2, 0, "cpu")
+    ((x, y),) = m.stage_batches(data_, hp, 2, 0, "cpu")
     adapters = {name: p for name, p in tiny.named_parameters() if p.requires_grad}
     subnets = sample_sub_transformers(space, 2, 4, (0, 2, 1))
     z_1, h_1 = tiny(**x)
@@ -144,17 +209,30 @@ def test_the_accumulated_gradient_is_eq6(tiny, monkeypatch):
         z, h = tiny(**x, phi=phi)
         loss = F.cross_entropy(z, y)
         if phi != space[0]:
-            kd = torch.distributions.kl_divergence(torch.distributions.Categorical(logits=z),
-                                                   torch.distributions.Categorical(logits=z_1.detach())).mean()
-            fd = sum(0.1 * ((h[l] - h_1[l].detach()) @ U[l].T)[x["mask"] == 1].square().mean() for l in space[-1].layers)
+            kd = torch.distributions.kl_divergence(
+                torch.distributions.Categorical(logits=z),
+                torch.distributions.Categorical(logits=z_1.detach()),
+            ).mean()
+            fd = sum(
+                0.1 * ((h[l] - h_1[l].detach()) @ U[l].T)[x["mask"] == 1].square().mean()
+                for l in space[-1].layers
+            )
             loss = 0.3 * loss + 0.7 * (kd + fd)
-        n_j = sum(2 * (16 + o) for _ in phi.layers for o in (3 * [4 * phi.num_attention_heads] + [phi.intermediate_size]))
+        n_j = sum(
+            2 * (16 + o)
+            for _ in phi.layers
+            for o in (3 * [4 * phi.num_attention_heads] + [phi.intermediate_size])
+        )
         n_1 = 4 * 2 * (3 * 32 + 16 + 24)
         gradients = torch.autograd.grad(loss, list(adapters.values()), allow_unused=True)
         for name, g in zip(adapters, gradients):
             expected[name] += 0 if g is None else (n_1 / n_j) ** 2 / 4 * g
     seen = {}
-    monkeypatch.setattr(at.optimizer, "step", lambda: seen.update({name: p.grad.clone() for name, p in adapters.items()}))
+    monkeypatch.setattr(
+        at.optimizer,
+        "step",
+        lambda: seen.update({name: p.grad.clone() for name, p in adapters.items()}),
+    )
     next(run)
     assert seen.keys() == expected.keys()
     assert all(torch.allclose(seen[name], expected[name], rtol=1e-3, atol=1e-5) for name in seen)
@@ -162,10 +240,16 @@ def test_the_accumulated_gradient_is_eq6(tiny, monkeypatch):
 
 
 def test_stage_0_is_plain_low_rank_fine_tuning_step_for_step():
-    """With 𝒜_0 = {maxnet} the same loop is LoRA: an independent loop on merged weights gives the same A_0, B_0 and head."""
+    """With 𝒜_0 = {maxnet} the same loop is LoRA: an independent loop on merged weights gives the
+    same A_0, B_0 and head.
+    """
     hp, data_ = dataclasses.replace(HP, epochs=(2, 0, 0), clip=1.0), examples()
     ours, plain = tiny_bert(), tiny_bert()
-    steps = [at for at in m.mlfs(ours, data_, configuration_space(ours.maxnet), hp) if at.stage == 0 and at.losses]
+    steps = [
+        at
+        for at in m.mlfs(ours, data_, configuration_space(ours.maxnet), hp)
+        if at.stage == 0 and at.losses
+    ]
     plain.add_stage(2)
     parameters = [p for p in plain.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, weight_decay=0)
@@ -176,7 +260,9 @@ def test_stage_0_is_plain_low_rank_fine_tuning_step_for_step():
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.param_groups[0]["lr"] = 1e-2 * (7 - number) / 6                     # no warm-up: 6% of 6 steps is under one
+        optimizer.param_groups[0]["lr"] = (
+            1e-2 * (7 - number) / 6
+        )  # no warm-up: 6% of 6 steps is under one
         optimizer.step()
         assert loss.item() == pytest.approx(steps[number - 1].losses["w1-d4"], abs=1e-5)
     state = {name: t for name, t in ours.trained_state().items() if not name.endswith((".1", ".2"))}
@@ -186,36 +272,53 @@ def test_stage_0_is_plain_low_rank_fine_tuning_step_for_step():
 
 
 def test_three_stages_leave_the_pretrained_weights_alone_and_add_rank_3r(tiny):
-    """Alg. 1, output: W_Sup = W_pretrained + Σ_{s=0..2} A_s B_s, so rank(W_Sup - W_pretrained) ≤ 3r; every stage learned something."""
-    before = {name: p.clone() for name, p in tiny.named_parameters() if name.split(".")[0] not in tiny.head}
+    """Alg. 1, output: W_Sup = W_pretrained + Σ_{s=0..2} A_s B_s, so rank(W_Sup - W_pretrained) ≤
+    3r; every stage learned something.
+    """
+    before = {
+        name: p.clone()
+        for name, p in tiny.named_parameters()
+        if name.split(".")[0] not in tiny.head
+    }
     for at in m.mlfs(tiny, examples(), configuration_space(tiny.maxnet), HP):
         pass
     after = dict(tiny.named_parameters())
     assert all(torch.equal(after[name], p) for name, p in before.items())
     for linear in tiny.adapted_linears():
-        assert torch.linalg.matrix_rank(linear.merged() - linear.weight, rtol=1e-4) == 6      # 3r = 6 < 16
+        assert (
+            torch.linalg.matrix_rank(linear.merged() - linear.weight, rtol=1e-4) == 6
+        )  # 3r = 6 < 16
         assert all(B.abs().max() > 0 for B in linear.B)
 
 
 def test_the_maxnet_learns_nothing_from_its_students(tiny):
-    """z_1 and h_1 are constants (our decision): with α = 1 and a task loss of the maxnet alone, no gradient flows through the teacher."""
+    """z_1 and h_1 are constants (our decision): with α = 1 and a task loss of the maxnet alone, no
+    gradient flows through the teacher.
+    """
     tiny.add_stage(2)
     randomise_adapters(tiny)
     space, x = configuration_space(tiny.maxnet), batch()
     z_1, h_1 = tiny(**x)
     z, h = tiny(**x, phi=space[-1])
     U = feature_projections(space[-1].layers, 4, 16, 0)
-    (kd_loss(z, z_1.detach()) + fd_loss(h, {l: h_1[l].detach() for l in U}, U, 0.1, x["mask"])).backward()
-    outside = tiny.layers[0].query.B[0].grad                          # layer 0 is in the maxnet, not in the minnet
+    (
+        kd_loss(z, z_1.detach()) + fd_loss(h, {l: h_1[l].detach() for l in U}, U, 0.1, x["mask"])
+    ).backward()
+    outside = tiny.layers[0].query.B[0].grad  # layer 0 is in the maxnet, not in the minnet
     assert outside is None or not outside.any()
-    assert tiny.layers[1].query.B[0].grad[:, :8].any() and not tiny.layers[1].query.B[0].grad[:, 8:].any()
+    assert (
+        tiny.layers[1].query.B[0].grad[:, :8].any()
+        and not tiny.layers[1].query.B[0].grad[:, 8:].any()
+    )
 
 
 def test_importance_is_the_derivative_of_the_loss_by_a_gate(tiny):
-    """Closing a gate ξ a little on one head or neuron changes the loss by |∂ℓ/∂ξ|: finite differences agree."""
+    """Closing a gate ξ a little on one head or neuron changes the loss by |∂ℓ/∂ξ|: finite
+    differences agree.
+    """
     data_ = examples(16)
     scores = m.importance(tiny, data_, HP)
-    (x, y), = data.batches(data_, 32)
+    ((x, y),) = data.batches(data_, 32)
     x["ids"], x["segments"], y = x["ids"], x["segments"], y
 
     def loss_with_gate(linear, columns, gate):
@@ -226,9 +329,13 @@ def test_importance_is_the_derivative_of_the_loss_by_a_gate(tiny):
         linear.weight.data = whole
         return value
 
-    for key, linear, columns, index in (("1.heads", tiny.layers[1].attention_output, slice(8, 12), 2),
-                                        ("2.neurons", tiny.layers[2].output, slice(5, 6), 5)):
-        slope = (loss_with_gate(linear, columns, 1 + 1e-2) - loss_with_gate(linear, columns, 1 - 1e-2)) / 2e-2
+    for key, linear, columns, index in (
+        ("1.heads", tiny.layers[1].attention_output, slice(8, 12), 2),
+        ("2.neurons", tiny.layers[2].output, slice(5, 6), 5),
+    ):
+        slope = (
+            loss_with_gate(linear, columns, 1 + 1e-2) - loss_with_gate(linear, columns, 1 - 1e-2)
+        ) / 2e-2
         assert scores[key][index].item() == pytest.approx(abs(slope), rel=0.05, abs=1e-4)
     assert not any(p.requires_grad for p in tiny.layers.parameters())
 
@@ -245,15 +352,26 @@ def test_a_loss_that_is_not_finite_stops_before_any_weight_changes(tiny, poison)
         tiny.embedding_norm.weight.data[0] = math.nan
     else:
         tiny.classifier.weight.register_hook(lambda g: g * math.inf)
-    with pytest.raises(ValueError, match="stage 2, step 2: the loss of subnet w1-d4 is nan" if poison == "loss" else "the norm of Eq. 6's gradient"):
+    with pytest.raises(
+        ValueError,
+        match=(
+            "stage 2, step 2: the loss of subnet w1-d4 is nan"
+            if poison == "loss"
+            else "the norm of Eq. 6's gradient"
+        ),
+    ):
         next(run)
     assert all(torch.equal(t, before[name]) for name, t in tiny.trained_state().items())
 
 
 @pytest.mark.parametrize("stop", [(0, 2), (1, 1), (1, 3), (2, 2)])
 def test_a_resumed_run_ends_with_the_same_adapters(tmp_path, stop):
-    """Data, subnets and A_s depend on (seed, stage, step) alone; with AdamW's moments and U stored, the bits are the same."""
-    hp, space = dataclasses.replace(HP, reorder=True, learn_u=True), configuration_space(tiny_bert().maxnet)
+    """Data, subnets and A_s depend on (seed, stage, step) alone; with AdamW's moments and U stored,
+    the bits are the same.
+    """
+    hp, space = dataclasses.replace(HP, reorder=True, learn_u=True), configuration_space(
+        tiny_bert().maxnet
+    )
     whole, first, second = tiny_bert(), tiny_bert(), tiny_bert()
     for at in m.mlfs(whole, examples(), space, hp):
         pass
@@ -267,15 +385,29 @@ def test_a_resumed_run_ends_with_the_same_adapters(tmp_path, stop):
         assert torch.equal(t, second.trained_state()[name]), name
 
 
-@pytest.mark.parametrize("field, value", [("rank", 0), ("alpha", 1.5), ("alpha", -0.1), ("alpha", math.nan), ("temperature", 0.5),
-                                          ("epochs", (1, 1)), ("kl", "sideways"), ("batch_size", 0), ("learning_rate", 0.0)])
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("rank", 0),
+        ("alpha", 1.5),
+        ("alpha", -0.1),
+        ("alpha", math.nan),
+        ("temperature", 0.5),
+        ("epochs", (1, 1)),
+        ("kl", "sideways"),
+        ("batch_size", 0),
+        ("learning_rate", 0.0),
+    ],
+)
 def test_a_hyper_parameter_out_of_range_is_refused_by_name(field, value):
     with pytest.raises(ValueError, match=f"{field} must "):
         HyperParameters(**{field: value})
 
 
 def test_app_a_settings():
-    """App. A: batch 128 for QQP, MNLI, QNLI, else 64; 3 epochs for SST-2, else 8; 5e-4 for QNLI, MNLI, else 1e-3; γ 1 for SST-2, else 2."""
+    """App. A: batch 128 for QQP, MNLI, QNLI, else 64; 3 epochs for SST-2, else 8; 5e-4 for QNLI,
+    MNLI, else 1e-3; γ 1 for SST-2, else 2.
+    """
     for task in data.GLUE:
         hp = HyperParameters(**m.TASK_SETTINGS.get(task, {}))
         assert hp.batch_size == (128 if task in ("qqp", "mnli", "qnli") else 64)

@@ -1,4 +1,7 @@
-"""Loading, saving, stages and counts: model.py against frozen logits of an independent implementation and sums by hand."""
+"""Loading, saving, stages and counts: model.py against frozen logits of an independent
+implementation and sums by hand.
+"""
+
 import json
 import shutil
 from pathlib import Path
@@ -16,8 +19,12 @@ REFERENCE = Path(__file__).parent / "reference"
 
 @pytest.mark.parametrize("layout", ["bert-plain", "bert-pretraining", "bert-classifier"])
 def test_every_bert_layout_gives_the_logits_of_the_transformers_library(layout):
-    """Plain keys; "bert." with LayerNorm.gamma/beta and pre-training heads; a fine-tuned classifier with another gelu."""
-    model, want = load_pretrained(REFERENCE / layout), load_file(REFERENCE / layout / "expected.safetensors")
+    """Plain keys; "bert." with LayerNorm.gamma/beta and pre-training heads; a fine-tuned classifier
+    with another gelu.
+    """
+    model, want = load_pretrained(REFERENCE / layout), load_file(
+        REFERENCE / layout / "expected.safetensors"
+    )
     logits, features = model(want["ids"], want["mask"], segments=want["segments"])
     real = want["mask"].bool()
     for l, h in features.items():
@@ -43,7 +50,7 @@ def test_both_attention_kernels_give_the_textbook_formula(dtype):
     q, k, v = torch.randn(3, 2, 4, 6, 8)
     bias = torch.zeros(2, 1, 1, 6)
     bias[1, ..., 4:] = torch.finfo(dtype).min
-    weights = (torch.einsum("bntd,bnsd->bnts", q, k) / 8 ** 0.5 + bias.float()).softmax(-1)
+    weights = (torch.einsum("bntd,bnsd->bnts", q, k) / 8**0.5 + bias.float()).softmax(-1)
     expected = torch.einsum("bnts,bnsd->bntd", weights, v)
     got = attention(q.to(dtype), k.to(dtype), v.to(dtype), bias.to(dtype)).float()
     assert torch.allclose(got, expected, atol=1e-5 if dtype == torch.float32 else 3e-2)
@@ -54,7 +61,9 @@ def test_a_new_stage_starts_exactly_where_the_last_one_ended(tiny):
     x, before = batch(), tiny(**batch())[0]
     for stage in range(3):
         tiny.add_stage(4)
-        assert torch.allclose(tiny(**x)[0], before, atol=1e-6)               # up to the rounding of one longer sum
+        assert torch.allclose(
+            tiny(**x)[0], before, atol=1e-6
+        )  # up to the rounding of one longer sum
         randomise_adapters(tiny, stage)
         before = tiny(**x)[0]
     assert tiny.layers[0].query.A[0].shape == (16, 4) and tiny.layers[0].query.B[0].shape == (4, 16)
@@ -68,28 +77,49 @@ def test_only_the_current_stage_and_the_head_get_gradients(tiny):
     randomise_adapters(tiny)
     tiny(**batch())[0].square().sum().backward()
     with_gradient = {name for name, p in tiny.named_parameters() if p.grad is not None}
-    assert with_gradient == {f"layers.{l}.{linear}.{letter}.2" for l in range(4) for letter in "AB"
-                             for linear in ("query", "key", "value", "intermediate")} | {
-        f"{part}.{kind}" for part in ("pooler", "classifier") for kind in ("weight", "bias")}
+    assert with_gradient == {
+        f"layers.{l}.{linear}.{letter}.2"
+        for l in range(4)
+        for letter in "AB"
+        for linear in ("query", "key", "value", "intermediate")
+    } | {f"{part}.{kind}" for part in ("pooler", "classifier") for kind in ("weight", "bias")}
 
 
 def test_n_j_counts_the_adapter_entries_that_get_a_gradient(tiny):
     """Alg. 1 line 9 and Prop. 2: n_j is the number of entries of {A_s, B_s} in Φ_j."""
     tiny.add_stage(2)
     randomise_adapters(tiny)
-    for phi in configuration_space(tiny.maxnet, hidden=(1, .5)):
+    for phi in configuration_space(tiny.maxnet, hidden=(1, 0.5)):
         tiny.zero_grad()
         tiny(**batch(), phi=phi)[0].square().sum().backward()
-        touched = sum(int((p.grad != 0).sum()) for name, p in tiny.named_parameters() if name.endswith((".A.0", ".B.0")) and p.grad is not None)
+        touched = sum(
+            int((p.grad != 0).sum())
+            for name, p in tiny.named_parameters()
+            if name.endswith((".A.0", ".B.0")) and p.grad is not None
+        )
         assert tiny.num_trainable(phi) == touched
 
 
 def test_bert_base_has_the_papers_sizes():
-    """n_1 = 811,008 and the minnet's 276,480 at r = 8; 45.7M parameters, a quarter of the encoder (Sec. 6.1)."""
+    """n_1 = 811,008 and the minnet's 276,480 at r = 8; 45.7M parameters, a quarter of the encoder
+    (Sec. 6.1).
+    """
     with torch.device("meta"):
-        bert = Bert({"vocab_size": 30522, "hidden_size": 768, "num_attention_heads": 12, "head_dim": 64, "intermediate_size": 3072,
-                     "num_hidden_layers": 12, "max_position_embeddings": 512, "type_vocab_size": 2, "layer_norm_eps": 1e-12,
-                     "hidden_act": "gelu", "num_labels": 2})
+        bert = Bert(
+            {
+                "vocab_size": 30522,
+                "hidden_size": 768,
+                "num_attention_heads": 12,
+                "head_dim": 64,
+                "intermediate_size": 3072,
+                "num_hidden_layers": 12,
+                "max_position_embeddings": 512,
+                "type_vocab_size": 2,
+                "layer_norm_eps": 1e-12,
+                "hidden_act": "gelu",
+                "num_labels": 2,
+            }
+        )
     space = configuration_space(bert.maxnet)
     bert.add_stage(8)
     assert (space[0].name, space[-1].name, len(space)) == ("w1-d12", "w0.5-d6", 9)
@@ -101,13 +131,21 @@ def test_bert_base_has_the_papers_sizes():
 
 
 def test_what_was_trained_is_stored_and_gives_back_the_logits(tiny):
-    """Sec. 3: one base model plus small matrices; permutation and head travel with them (forgetting the head is the classic bug)."""
+    """Sec. 3: one base model plus small matrices; permutation and head travel with them (forgetting
+    the head is the classic bug).
+    """
     base = {name: p.clone() for name, p in tiny.named_parameters()}
     for _ in range(3):
         tiny.add_stage(2)
     randomise_adapters(tiny)
     tiny.classifier.weight.data += 1
-    tiny.reorder({f"{l}.{kind}": torch.rand(n) for l in range(4) for kind, n in (("heads", 4), ("neurons", 24))})
+    tiny.reorder(
+        {
+            f"{l}.{kind}": torch.rand(n)
+            for l in range(4)
+            for kind, n in (("heads", 4), ("neurons", 24))
+        }
+    )
     state = {name: t.clone() for name, t in tiny.trained_state().items()}
     again = tiny_bert()
     assert all(torch.equal(p, base[name]) for name, p in again.named_parameters())
@@ -122,7 +160,7 @@ def test_what_was_trained_is_stored_and_gives_back_the_logits(tiny):
 def test_save_and_load_give_the_same_bits_and_never_overwrite(tiny, tmp_path):
     """The extracted minnet is an ordinary checkpoint; a folder that holds one is refused."""
     tiny.add_stage(2)
-    small = randomise_adapters(tiny).extract(configuration_space(tiny.maxnet, hidden=(1, .5))[-1])
+    small = randomise_adapters(tiny).extract(configuration_space(tiny.maxnet, hidden=(1, 0.5))[-1])
     save_pretrained(small, tmp_path / "small")
     again = load_pretrained(tmp_path / "small")
     assert all(torch.equal(p, q) for p, q in zip(small.parameters(), again.parameters()))
@@ -136,8 +174,12 @@ def test_save_and_load_give_the_same_bits_and_never_overwrite(tiny, tmp_path):
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
 def test_loading_copies_nothing_that_the_file_can_back(tmp_path):
-    """The frozen weights are views of the memory-mapped file: a 100 MB checkpoint takes no 100 MB of the process's own memory."""
-    own = lambda: int(next(line for line in open("/proc/self/status") if line.startswith("RssAnon")).split()[1])    # kB
+    """The frozen weights are views of the memory-mapped file: a 100 MB checkpoint takes no 100 MB
+    of the process's own memory.
+    """
+    own = lambda: int(
+        next(line for line in open("/proc/self/status") if line.startswith("RssAnon")).split()[1]
+    )  # kB
     save_pretrained(tiny_bert(vocab_size=400_000, hidden_size=64, head_dim=16), tmp_path)
     before = own()
     model = load_pretrained(tmp_path)
@@ -161,18 +203,29 @@ def damaged(tmp_path, edit=None, config=None):
 KEY = "bert.encoder.layer.1.attention.self.key.weight"
 
 
-@pytest.mark.parametrize("edit, config, words", [
-    (lambda t: t.pop(KEY), None, "encoder.layer.1.attention.self.key.weight' is missing"),
-    (lambda t: t.update({"bert.extra.weight": torch.zeros(2)}), None, "'extra.weight' has no place"),
-    (lambda t: t.update({KEY: torch.zeros(16, 15)}), None, r"key.weight' is \(16, 15\)"),
-    (lambda t: t.update({KEY: torch.zeros(16, 16, dtype=torch.int64)}), None, "not floating point"),
-    (lambda t: t.update({KEY.removeprefix("bert."): torch.zeros(16, 16)}), None, "there twice"),
-    (None, {"model_type": "t5"}, "model_type 't5' is not supported"),
-    (None, {"num_hidden_layers": 0}, "num_hidden_layers must be a positive whole number"),
-    (None, {"hidden_act": "mish"}, "hidden_act 'mish'"),
-    (None, {"num_attention_heads": 5}, "not a multiple"),
-    (None, {"position_embedding_type": "relative_key"}, "position_embedding_type"),
-])
+@pytest.mark.parametrize(
+    "edit, config, words",
+    [
+        (lambda t: t.pop(KEY), None, "encoder.layer.1.attention.self.key.weight' is missing"),
+        (
+            lambda t: t.update({"bert.extra.weight": torch.zeros(2)}),
+            None,
+            "'extra.weight' has no place",
+        ),
+        (lambda t: t.update({KEY: torch.zeros(16, 15)}), None, r"key.weight' is \(16, 15\)"),
+        (
+            lambda t: t.update({KEY: torch.zeros(16, 16, dtype=torch.int64)}),
+            None,
+            "not floating point",
+        ),
+        (lambda t: t.update({KEY.removeprefix("bert."): torch.zeros(16, 16)}), None, "there twice"),
+        (None, {"model_type": "t5"}, "model_type 't5' is not supported"),
+        (None, {"num_hidden_layers": 0}, "num_hidden_layers must be a positive whole number"),
+        (None, {"hidden_act": "mish"}, "hidden_act 'mish'"),
+        (None, {"num_attention_heads": 5}, "not a multiple"),
+        (None, {"position_embedding_type": "relative_key"}, "position_embedding_type"),
+    ],
+)
 def test_a_checkpoint_that_does_not_fit_is_named_never_guessed(tmp_path, edit, config, words):
     with pytest.raises(ValueError, match=words):
         load_pretrained(damaged(tmp_path, edit, config))

@@ -1,4 +1,7 @@
-"""The README is held to the code: every name it maps a part of the paper to exists, and its commands are those that CI runs."""
+"""The README is held to the code: every name it maps a part of the paper to exists, and its
+commands are those that CI runs.
+"""
+
 import ast
 import dataclasses
 import re
@@ -18,9 +21,15 @@ def defined(path: Path) -> set[str]:
     names = set()
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         names.add(getattr(node, "name", ""))
-        names |= {target.id for target in getattr(node, "targets", []) if isinstance(target, ast.Name)}
+        names |= {
+            target.id for target in getattr(node, "targets", []) if isinstance(target, ast.Name)
+        }
         if isinstance(node, ast.ClassDef):
-            names |= {f"{node.name}.{child.name}" for child in node.body if isinstance(child, ast.FunctionDef)}
+            names |= {
+                f"{node.name}.{child.name}"
+                for child in node.body
+                if isinstance(child, ast.FunctionDef)
+            }
     return names
 
 
@@ -31,25 +40,40 @@ def test_every_name_in_the_map_from_the_paper_exists(file, name):
 
 def test_the_map_covers_the_paper():
     """Equations 1-11, Algorithm 1, both propositions, App. A, every figure and table."""
-    table = README[README.index("## From the paper"):README.index("## Where the paper")]
+    table = README[README.index("## From the paper") : README.index("## Where the paper")]
     covered = set()
     for first, last in re.findall(r"Eqs?\. (\d+)(?:-(\d+))?", table):
         covered |= set(range(int(first), int(last or first) + 1))
     assert covered == set(range(1, 12))
-    for part in ("Algorithm 1", "Prop. 1", "Prop. 2", "App. A", "Figs. 1 and 8", "Fig. 2", "Fig. 3", "Figs. 4-7", "Tables 1-2"):
+    for part in (
+        "Algorithm 1",
+        "Prop. 1",
+        "Prop. 2",
+        "App. A",
+        "Figs. 1 and 8",
+        "Fig. 2",
+        "Fig. 3",
+        "Figs. 4-7",
+        "Tables 1-2",
+    ):
         assert part in table, part
 
 
 def test_every_line_of_algorithm_1_stands_in_the_margin():
     """Lines 1 to 15 (14, 16 and 17 end loops), in the paper's order but for 9 (once a stage)."""
     source = (ROOT / "mlfs.py").read_text(encoding="utf-8")
-    body = source[source.index("def mlfs("):source.index("def stage_batches")]
-    margin = [int(n) for line in body.splitlines() if (mark := re.search(r"#\s(\d+(?:, \d+)*)(?:\s|$)", line)) for n in mark[1].split(", ")]
+    body = source[source.index("def mlfs(") : source.index("def stage_batches")]
+    margin = [
+        int(n)
+        for line in body.splitlines()
+        if (mark := re.search(r"#\s(\d+(?:, \d+)*)(?:\s|$)", line))
+        for n in mark[1].split(", ")
+    ]
     assert sorted(margin) == [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 15]
 
 
 def test_ci_runs_the_readmes_two_commands():
-    start = README[README.index("## Start"):README.index("The first line sets up")]
+    start = README[README.index("## Start") : README.index("The first line sets up")]
     ci = (ROOT / ".ci" / "run").read_text()
     assert "python mlfs.py --task sst2" in start and "python mlfs.py --task sst2" in ci
     assert "python -m pytest" in start and "python -m pytest" in ci
@@ -60,7 +84,10 @@ def test_every_option_that_the_readme_names_exists(capsys):
         mlfs.main(["--help"])
     known = capsys.readouterr().out
     assert all(option in known for option in re.findall(r"--[a-z][a-z0-9-]+", README))
-    assert all(f"--{field.name.replace('_', '-')}" in known for field in dataclasses.fields(mlfs.HyperParameters))
+    assert all(
+        f"--{field.name.replace('_', '-')}" in known
+        for field in dataclasses.fields(mlfs.HyperParameters)
+    )
 
 
 def test_the_readmes_python_example_runs(tmp_path, monkeypatch):

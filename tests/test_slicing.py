@@ -1,16 +1,16 @@
-"""Π_Φ by examples: read from the top, each test is one sentence of the paper about slicing, in numbers small enough to see.
+"""Π_Φ by examples. Read from the top: each test is one sentence of the paper about slicing.
 
-    W_Φ = Π_Φ(W_Sup)                      (Eq. 2)   a subnet's weights are a part of the supernet's
-    W_Sup = W_Tch + Σ_s A_s B_s           (Eq. 8)   which is a frozen matrix plus low-rank ones
-    ΔW_Φ = Π_Φ(Σ_s A_s B_s)               (Eq. 9)   so a subnet's fine-tuning is a slice of the shared low-rank sum
+    W_Φ = Π_Φ(W_Sup)                (Eq. 2)   a subnet's weights are a part of the supernet's
+    W_Sup = W_Tch + Σ_s A_s B_s     (Eq. 8)   which is a frozen matrix plus low-rank ones
+    ΔW_Φ = Π_Φ(Σ_s A_s B_s)         (Eq. 9)   so its fine-tuning is a slice of a shared sum
 """
 import pytest
 import torch
 import torch.nn.functional as F
 
 from conftest import batch, random_phi, randomise_adapters, tiny_bert
-from model import ElasticLayerNorm, ElasticLinear, SubnetConfig
 from mlfs import configuration_space
+from model import ElasticLayerNorm, ElasticLinear, SubnetConfig
 
 
 def test_eq2_a_slice_is_the_top_left_block_of_the_weight():
@@ -20,12 +20,13 @@ def test_eq2_a_slice_is_the_top_left_block_of_the_weight():
                                        [4., 5., 6.]])
     linear.bias.data = torch.tensor([10., 20.])
     assert linear(torch.tensor([1., 1., 1.]), 2).tolist() == [16., 35.]      # all of W
-    assert linear(torch.tensor([1., 1.]), 2).tolist() == [13., 29.]          # two input features: two columns
-    assert linear(torch.tensor([1., 1.]), 1).tolist() == [13.]               # one output feature: one row
+    assert linear(torch.tensor([1., 1.]), 2).tolist() == [13., 29.]          # two columns of it
+    assert linear(torch.tensor([1., 1.]), 1).tolist() == [13.]               # and one row
 
 
-def test_a_slice_equals_a_plain_linear_layer_built_from_it():
-    """torch.nn.Linear, given the sliced weight, is the independent witness; so is layer_norm for the norm."""
+def test_a_slice_equals_a_plain_layer_built_from_it():
+    """torch.nn.Linear, given the sliced weight, is the independent witness; so is the formula of
+    layer normalisation over the sliced width."""
     torch.manual_seed(0)
     linear, norm, x = ElasticLinear(8, 6), ElasticLayerNorm(8, 1e-12), torch.randn(5, 4)
     for p in (*linear.parameters(), *norm.parameters()):
@@ -33,8 +34,8 @@ def test_a_slice_equals_a_plain_linear_layer_built_from_it():
     plain = torch.nn.Linear(4, 3)
     plain.weight.data, plain.bias.data = linear.weight[:3, :4], linear.bias[:3]
     assert torch.allclose(linear(x, 3), plain(x), atol=1e-6)
-    by_hand = (x - x.mean(-1, keepdim=True)) / x.var(-1, unbiased=False, keepdim=True).sqrt() * norm.weight[:4] + norm.bias[:4]
-    assert torch.allclose(norm(x), by_hand, atol=1e-5)
+    standard = (x - x.mean(-1, keepdim=True)) / x.std(-1, correction=0, keepdim=True)
+    assert torch.allclose(norm(x), standard * norm.weight[:4] + norm.bias[:4], atol=1e-5)
 
 
 def test_eq9_slicing_commutes_with_the_low_rank_product():
@@ -46,7 +47,8 @@ def test_eq9_slicing_commutes_with_the_low_rank_product():
     torch.nn.init.zeros_(linear.weight), torch.nn.init.zeros_(linear.bias)
     linear.add_stage(2, torch.Generator())
     linear.A[0].data, linear.B[0].data = A, B
-    assert torch.allclose(linear(torch.eye(4), 3), (A @ B)[:4, :3], atol=1e-6)   # x = I shows the matrix itself
+    x = torch.eye(4)                                                 # I A B shows the matrix itself
+    assert torch.allclose(linear(x, 3), (A @ B)[:4, :3], atol=1e-6)
 
 
 def test_eq8_three_stages_add_up():
@@ -64,23 +66,24 @@ def test_eq8_three_stages_add_up():
 
 
 def test_a_smaller_width_keeps_the_leading_heads():
-    """Half of four heads are heads 0 and 1: silencing heads 2 and 3 in the maxnet changes nothing for the subnet."""
+    """Half of four heads are heads 0 and 1: silencing 2 and 3 in the maxnet changes no bit of the
+    subnet, and makes the maxnet equal to it."""
     model, x = tiny_bert(num_hidden_layers=1), batch()
-    half = SubnetConfig(16, 2, 24, (0,))
+    half = SubnetConfig(hidden_size=16, num_attention_heads=2, intermediate_size=24, layers=(0,))
     expected, _ = model(**x, phi=half)
-    model.layers[0].attention_output.weight.data[:, 2 * 4:] = 0              # columns that read heads 2 and 3 (head size 4)
+    heads_2_and_3 = slice(2 * 4, 4 * 4)                              # four columns a head
+    model.layers[0].attention_output.weight.data[:, heads_2_and_3] = 0
     assert torch.equal(model(**x, phi=half)[0], expected)
-    assert torch.allclose(model(**x)[0], expected, atol=1e-6)                # and the silenced maxnet IS the subnet
+    assert torch.allclose(model(**x)[0], expected, atol=1e-6)
 
 
 def test_a_smaller_depth_runs_the_listed_layers():
-    """g_j(1), g_j(2), ... are phi.layers; features come back under the maxnet's layer numbers."""
-    model, x = tiny_bert(), batch()
-    logits, features = model(**x, phi=SubnetConfig(16, 4, 24, (1, 3)))
+    """g_j(1), g_j(2), ... are phi.layers; features come under the maxnet's layer numbers."""
+    model, shallow, x = tiny_bert(), tiny_bert(), batch()
+    logits, features = model(**x, phi=SubnetConfig(16, 4, 24, layers=(1, 3)))
     assert list(features) == [1, 3]
-    shallow = tiny_bert()
     shallow.layers = torch.nn.ModuleList([model.layers[1], model.layers[3]])
-    assert torch.equal(logits, shallow(**x, phi=SubnetConfig(16, 4, 24, (0, 1)))[0])
+    assert torch.equal(logits, shallow(**x, phi=SubnetConfig(16, 4, 24, layers=(0, 1)))[0])
 
 
 def test_a_smaller_hidden_size_narrows_the_whole_residual_stream():
@@ -88,29 +91,29 @@ def test_a_smaller_hidden_size_narrows_the_whole_residual_stream():
     model, x = tiny_bert(), batch()
     _, features = model(**x, phi=SubnetConfig(8, 4, 24, (0, 1, 2, 3)))
     assert {h.shape for h in features.values()} == {(5, 9, 8)}
-    table = model.word_embeddings(x["ids"], 8)
-    assert torch.equal(table, F.embedding(x["ids"], model.word_embeddings.weight)[..., :8])
+    whole = F.embedding(x["ids"], model.word_embeddings.weight)
+    assert torch.equal(model.word_embeddings(x["ids"], 8), whole[..., :8])
 
 
 @pytest.mark.parametrize("seed", range(12))
 def test_a_subnet_is_the_stand_alone_model_that_extract_returns(seed):
-    """f_Φ(x; Π_Φ(W_Sup)) run by slicing in place = run by a small model holding W_Φ, for any width, depth and hidden size."""
+    """f_Φ(x; Π_Φ(W_Sup)), sliced in place, is a small model holding W_Φ: for any width, depth and
+    hidden size, in its logits and after every layer."""
     model, x, phi = tiny_bert(), batch(), random_phi(seed)
-    for stage in range(3):
+    for _ in range(3):
         model.add_stage(2, seed)
     randomise_adapters(model)
     small = model.extract(phi)
     logits, features = model(**x, phi=phi)
-    alone, own = small(**x)                                                  # its own maxnet: nothing is sliced
+    alone, own = small(**x)                                          # nothing is sliced here
     assert torch.allclose(logits, alone, atol=1e-5)
     for l, h in zip(phi.layers, own.values()):
         assert torch.allclose(features[l], h, atol=1e-5)
-    assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in model.parameters())
 
 
 def test_extract_copies_the_very_numbers_of_the_slice():
-    """Without adapters W_Φ is bit for bit a block of W, and a copy: changing it leaves the supernet alone."""
-    model, phi = tiny_bert(), SubnetConfig(8, 2, 10, (1, 3))
+    """Without adapters W_Φ is bit for bit a block of W; changing the copy leaves W alone."""
+    model, phi = tiny_bert(), SubnetConfig(8, 2, 10, layers=(1, 3))
     small = model.extract(phi)
     assert torch.equal(small.layers[0].query.weight, model.layers[1].query.weight[:8, :8])
     assert torch.equal(small.layers[1].output.weight, model.layers[3].output.weight[:8, :10])
@@ -119,11 +122,11 @@ def test_extract_copies_the_very_numbers_of_the_slice():
     assert model.layers[1].query.weight.abs().min() > 0
 
 
-def test_weight_entanglement_every_subnet_contains_the_minnets_layers():
-    """Depths are nested and evenly spread, and the last layer always stays. For 12 layers (1-based):
-    9 = {2,3,4,6,7,8,10,11,12}, 6 = the even ones."""
+def test_depths_are_nested_and_evenly_spread_and_keep_the_last_layer():
+    """Every Φ contains the minnet's layers: ℓ_FD compares there. Of 12 layers (1-based), depth 9
+    keeps {2,3,4,6,7,8,10,11,12} and depth 6 the even ones."""
     model = tiny_bert(num_hidden_layers=12)
-    space = configuration_space(model.maxnet, depths=[d / 12 for d in range(1, 13)], widths=[1])
+    space = configuration_space(model.maxnet, widths=[1], depths=[d / 12 for d in range(1, 13)])
     layers = {len(phi.layers): {l + 1 for l in phi.layers} for phi in space}
     assert layers[9] == {2, 3, 4, 6, 7, 8, 10, 11, 12}
     assert layers[6] == {2, 4, 6, 8, 10, 12}
@@ -131,17 +134,19 @@ def test_weight_entanglement_every_subnet_contains_the_minnets_layers():
 
 
 def test_the_permutation_keeps_the_maxnet_and_changes_the_slices():
-    """Heads and neurons have no order of their own: moving the important ones to the front changes no output of the maxnet."""
+    """Heads and neurons have no order of their own: moving the important ones to the front, where
+    every slice keeps them, changes no output of the maxnet."""
     model, x = tiny_bert(), batch()
     model.add_stage(2)
     randomise_adapters(model)
     half = SubnetConfig(16, 2, 12, (0, 1, 2, 3))
     whole, sliced = model(**x)[0], model(**x, phi=half)[0]
     generator = torch.Generator().manual_seed(1)
-    importance = {f"{l}.{kind}": torch.rand(n, generator=generator) for l in range(4) for kind, n in (("heads", 4), ("neurons", 24))}
+    importance = {f"{l}.{kind}": torch.rand(n, generator=generator)
+                  for l in range(4) for kind, n in (("heads", 4), ("neurons", 24))}
     before = model.layers[2].query.weight.clone()
     model.reorder(importance)
-    best = int(importance["2.heads"].argmax())
-    assert torch.equal(model.layers[2].query.weight[:4], before[4 * best:4 * best + 4])      # the best head comes first
+    best = int(importance["2.heads"].argmax())                       # it comes first now
+    assert torch.equal(model.layers[2].query.weight[:4], before[4 * best:4 * best + 4])
     assert torch.allclose(model(**x)[0], whole, atol=1e-5)
     assert not torch.allclose(model(**x, phi=half)[0], sliced, atol=1e-2)

@@ -1,11 +1,12 @@
-"""Reproduces the frozen logits in this folder: tiny random BERTs, run by the transformers library, an independent implementation.
+"""Reproduces the frozen outputs in this folder: tiny random BERTs run by the transformers library.
 
     pip install torch==2.13.0 transformers==5.23.0 && python tests/reference/make.py
 
-Each folder is one layout that real checkpoints have. `expected.safetensors` holds the inputs, the logits and every hidden state.
+Each folder is one layout that real checkpoints have; `expected.safetensors` holds the inputs, the
+logits and every hidden state. The library is an independent implementation, and is not needed to
+run the tests.
 """
 import json
-import sys
 from pathlib import Path
 
 import torch
@@ -13,7 +14,10 @@ from safetensors.torch import save_file
 from transformers import BertConfig, BertForPreTraining, BertForSequenceClassification, BertModel
 
 HERE = Path(__file__).parent
-SHAPE = dict(vocab_size=50, hidden_size=16, num_attention_heads=4, intermediate_size=24, num_hidden_layers=3, max_position_embeddings=12)
+SHAPE = {"vocab_size": 50, "hidden_size": 16, "num_attention_heads": 4, "intermediate_size": 24,
+         "num_hidden_layers": 3, "max_position_embeddings": 12}
+KEPT = (*SHAPE, "model_type", "hidden_act", "layer_norm_eps", "type_vocab_size",
+        "position_embedding_type")
 
 
 def randomise(module: torch.nn.Module) -> torch.nn.Module:
@@ -24,17 +28,20 @@ def randomise(module: torch.nn.Module) -> torch.nn.Module:
     return module.eval()
 
 
-def write(name: str, config: BertConfig, state: dict, backbone: BertModel, classifier: torch.nn.Linear | None) -> None:
+def write(name: str, config: BertConfig, state: dict, backbone: BertModel,
+          classifier: torch.nn.Linear | None = None) -> None:
     folder = HERE / name
     folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.to_dict().items() if k in (
-        *SHAPE, "model_type", "hidden_act", "layer_norm_eps", "type_vocab_size", "position_embedding_type")}, indent=1) + "\n")
-    save_file({key: t.clone().contiguous() for key, t in state.items()}, folder / "model.safetensors", {"format": "pt"})
+    kept = {key: value for key, value in config.to_dict().items() if key in KEPT}
+    (folder / "config.json").write_text(json.dumps(kept, indent=1) + "\n")
+    save_file({key: t.clone().contiguous() for key, t in state.items()},
+              folder / "model.safetensors", {"format": "pt"})
     ids = torch.randint(0, 50, (3, 9))
     mask, segments = torch.ones_like(ids), torch.zeros_like(ids)
     mask[1, 6:], mask[2, 4:], segments[:, 3:] = 0, 0, 1
     with torch.no_grad():
-        out = backbone(input_ids=ids, attention_mask=mask, token_type_ids=segments, output_hidden_states=True)
+        out = backbone(input_ids=ids, attention_mask=mask, token_type_ids=segments,
+                       output_hidden_states=True)
     expected = {"ids": ids, "mask": mask, "segments": segments, "pooled": out.pooler_output}
     expected |= {f"hidden.{l}": h.clone() for l, h in enumerate(out.hidden_states[1:])}
     if classifier is not None:
@@ -44,20 +51,19 @@ def write(name: str, config: BertConfig, state: dict, backbone: BertModel, class
 
 def main() -> None:
     torch.manual_seed(0)
-    # what `BertModel.save_pretrained` writes (MiniLM): no prefix, and older versions left a stray integer buffer
+    # BertModel.save_pretrained (MiniLM): no prefix; older versions left a stray integer buffer
     config = BertConfig(**SHAPE)
     m = randomise(BertModel(config))
-    write("bert-plain", config, m.state_dict() | {"embeddings.position_ids": torch.arange(12)[None]}, m, None)
-    # bert-base-uncased: "bert." in front, LayerNorm.gamma/beta, the pre-training heads beside it
+    write("bert-plain", config, m.state_dict() | {"embeddings.position_ids": torch.arange(12)[None]}, m)
+    # bert-base-uncased: "bert." in front, LayerNorm.gamma/beta, pre-training heads beside it
     m = randomise(BertForPreTraining(config))
-    old = {k.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): t
-           for k, t in m.state_dict().items()}
-    write("bert-pretraining", config, old, m.bert, None)
+    old = {key.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): t
+           for key, t in m.state_dict().items()}
+    write("bert-pretraining", config, old, m.bert)
     # a fine-tuned classifier with three classes, another activation and epsilon
     config = BertConfig(**SHAPE, hidden_act="gelu_new", layer_norm_eps=1e-5, num_labels=3)
     m = randomise(BertForSequenceClassification(config))
     write("bert-classifier", config, m.state_dict(), m.bert, m.classifier)
-    print("written by transformers", __import__("transformers").__version__, "torch", torch.__version__, file=sys.stderr)
 
 
 if __name__ == "__main__":

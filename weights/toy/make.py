@@ -1,10 +1,11 @@
-"""Reproduces weights/toy/: a small BERT, pre-trained by masked-language modelling on the toy language of data.py.
+"""Reproduces weights/toy/: a small BERT, pre-trained by masked-language modelling.
 
     python weights/toy/make.py FOLDER        # FOLDER must not hold a checkpoint yet
 
-It reads a review and a one-word verdict as a pair of segments, and fills in masked words: the verdict first, later either the
-verdict or some words of the review. So it learns what words mean and what a whole review amounts to, but it sees no text of
-the dev split, and how a classifier reads the mood off [CLS] is left to fine-tuning.
+It reads a review of the toy language (data.py) and a one-word verdict as a pair of segments, and
+fills in masked words: the verdict first, later either the verdict or some words of the review. So
+it learns what words mean and what a whole review amounts to. It sees no text of the dev split, and
+how a classifier reads the mood off [CLS] is left to fine-tuning.
 """
 import random
 import sys
@@ -18,9 +19,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import data    # noqa: E402
 import model   # noqa: E402
 
-CONFIG = {"model_type": "bert", "hidden_size": 96, "num_attention_heads": 4, "head_dim": 24, "intermediate_size": 384,
-          "num_hidden_layers": 4, "max_position_embeddings": 64, "type_vocab_size": 2, "layer_norm_eps": 1e-12,
-          "hidden_act": "gelu", "num_labels": 2, "pad_token_id": 0}
+CONFIG = {"model_type": "bert", "hidden_size": 96, "num_attention_heads": 4, "head_dim": 24,
+          "intermediate_size": 384, "num_hidden_layers": 4, "max_position_embeddings": 64,
+          "type_vocab_size": 2, "layer_norm_eps": 1e-12, "hidden_act": "gelu", "num_labels": 2,
+          "pad_token_id": 0}
 STEPS, BATCH, LEARNING_RATE, MASKED, SEED = 3_000, 128, 1e-3, 0.15, 0
 
 
@@ -30,40 +32,41 @@ def document(rng: random.Random, unseen: set[str]) -> tuple[str, str]:
     return document(rng, unseen) if text in unseen else (text, data.VERDICTS[score > 0])
 
 
+def vocabulary() -> list[str]:
+    phrases = [*data.NOUNS, *data.ADJECTIVES, *data.DEGREES, *data.FRAMES, *data.VERDICTS.values(),
+               "the is not never and but although , ."]
+    return [*data.TOY_SPECIAL, *sorted({word for phrase in phrases for word in phrase.split()})]
+
+
 def main(folder: Path) -> None:
     torch.manual_seed(SEED)
     rng, unseen = random.Random(SEED + 1), {text for text, in data.load_toy()["dev"].texts}
-    vocabulary = sorted({word for phrases in (data.NOUNS, data.ADJECTIVES, data.DEGREES, data.FRAMES, data.VERDICTS.values(),
-                                              ("the is not never and but although , .",))
-                         for phrase in phrases for word in phrase.split()})
-    vocabulary = [*data.TOY_SPECIAL, *vocabulary]
+    words, special = vocabulary(), len(data.TOY_SPECIAL)
     folder.mkdir(parents=True, exist_ok=True)
     with model.replacing(folder / "vocab.txt") as path:
-        path.write_text("\n".join(vocabulary) + "\n")
+        path.write_text("\n".join(words) + "\n")
     tokenizer = data.load_tokenizer(folder)
-    bert = model.Bert(CONFIG | {"vocab_size": len(vocabulary)}).initialise(SEED).requires_grad_(True)
-    optimizer = torch.optim.AdamW(bert.parameters(), lr=LEARNING_RATE, weight_decay=0.01, fused=True)
-    mask_id, pad_id = tokenizer.token_to_id("[MASK]"), 0
-    bar = tqdm(range(STEPS), disable=None)
-    for step in bar:
+    bert = model.Bert(CONFIG | {"vocab_size": len(words)}).initialise(SEED).requires_grad_(True)
+    optimizer = torch.optim.AdamW(bert.parameters(), weight_decay=0.01, fused=True)
+    mask_id, pad_id = tokenizer.token_to_id("[MASK]"), tokenizer.token_to_id("[PAD]")
+    for step in tqdm(range(STEPS), disable=None):
         encodings = tokenizer.encode_batch([document(rng, unseen) for _ in range(BATCH)])
         length = max(len(e.ids) for e in encodings)
         ids, segments = (torch.tensor([x + [pad_id] * (length - len(x)) for x in part]) for part in
-                       ([e.ids for e in encodings], [e.type_ids for e in encodings]))        # the verdict is the second one
-        word = ids >= len(data.TOY_SPECIAL)
-        closing = torch.rand(BATCH, 1) < (1.0 if step < STEPS // 3 else 0.5)                 # the verdict is masked, or words
-        hidden = word & torch.where(closing, segments.bool(), torch.rand(ids.shape) < MASKED)
-        x, _ = bert.encode(ids.masked_fill(hidden, mask_id), (ids != pad_id).long(), bert.maxnet, segments)
-        loss = F.cross_entropy(x[hidden] @ bert.word_embeddings.weight.T, ids[hidden])       # the output layer is the embedding
-        optimizer.param_groups[0]["lr"] = LEARNING_RATE * min(1, (step + 1) / 200, (STEPS - step) / (STEPS * 0.7))
+                         ([e.ids for e in encodings], [e.type_ids for e in encodings]))
+        verdict = torch.rand(BATCH, 1) < (1.0 if step < STEPS // 3 else 0.5)      # it, or words
+        some = torch.rand(ids.shape) < MASKED
+        hidden = (ids >= special) & torch.where(verdict, segments.bool(), some)
+        x, _ = bert.encode(ids.masked_fill(hidden, mask_id), (ids != pad_id).long(), bert.maxnet,
+                           segments)
+        scores = x[hidden] @ bert.word_embeddings.weight.T          # the output is the embedding
+        rate = min(1, (step + 1) / 200, (STEPS - step) / (STEPS * 0.7))
+        optimizer.param_groups[0]["lr"] = LEARNING_RATE * rate
         optimizer.zero_grad()
-        loss.backward()
+        F.cross_entropy(scores, ids[hidden]).backward()
         torch.nn.utils.clip_grad_norm_(bert.parameters(), 1.0)
         optimizer.step()
-        if step % 100 == 0:
-            bar.set_postfix(loss=f"{loss.item():.3f}")
-            print(step, f"{loss.item():.3f}", flush=True)
-    bert.initialise(SEED, bert.head)                                                         # MLM trains no head
+    bert.initialise(SEED, bert.head)                                # MLM trains no head
     model.save_pretrained(bert, folder)
 
 
