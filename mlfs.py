@@ -283,11 +283,11 @@ def mlfs(model: SuperTransformer, examples: data.Examples, space: list[SubnetCon
         batches = stage_batches(examples, hp, stage, done, device)
         steps = hp.epochs[stage] * math.ceil(len(examples.labels) / hp.batch_size)
         yield Iteration(stage, done, steps, optimizer, U)
-        for step, (x, y) in enumerate(batches, done + 1):                                      # 3, 4
+        for step, (x, y) in enumerate(batches, done + 1):                                      # 3,4
             losses, seed = {}, (hp.seed, stage, step)
             subnets = sample_sub_transformers(space, stage, hp.num_subnets, seed)              # 6
             for phi in subnets:                                                                # 7
-                z, h = model(**x, phi=phi)                   # Π_Φ(W_Sup) in every layer       # 5, 8, 10
+                z, h = model(**x, phi=phi)               # Π_Φ(W_Sup), in every layer          # 5,8,10
                 if phi == maxnet:                            # α = 0; z_1, h_1 are constants
                     loss = task_loss(z, y)                                                     # 11
                     z_1, h_1 = z.detach(), {l: h[l].detach() for l in U}
@@ -534,11 +534,11 @@ def main(argv: Iterable[str] | None = None) -> int:
     s, hp, space, points = run.settings, run.hp, run.space, run.task.metrics[0]
     size = s["space"][0]["parameters"] / 1e6
     print(f"MLFS on {s['task']}: {os.path.relpath(s['base']['folder'])} "
-          f"({type(run.model).__name__}, {size:.1f}M parameters); {s['data']['train']:,} examples to train on, "
-          f"{s['data']['held_out']:,} held out, {s['data']['dev']:,} dev\n"
-          f"𝒜: {len(space)} subnets, {space[0].name} to "
-          f"{space[-1].name}; r = {hp.rank}, α = {hp.alpha:g}, γ = {hp.gamma:g}; {s['device']}, "
-          f"{s['dtype']}, seed {hp.seed}; writes {run.folder}/", flush=True)
+          f"({type(run.model).__name__}, {size:.1f}M parameters); {s['data']['train']:,} examples "
+          f"to train on, {s['data']['held_out']:,} held out, {s['data']['dev']:,} dev\n"
+          f"𝒜: {len(space)} subnets, {space[0].name} to {space[-1].name}; r = {hp.rank}, "
+          f"α = {hp.alpha:g}, γ = {hp.gamma:g}; {s['device']}, {s['dtype']}, seed {hp.seed}; "
+          f"writes {run.folder}/", flush=True)
     train(run, resume)
     stored = (run.folder / "adapters.safetensors").stat().st_size / 1e6
     print(f"\n{s['task']}, {points} on dev ({s['data']['dev']:,} examples), in points\n\n"

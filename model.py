@@ -417,8 +417,8 @@ def read_checkpoint(folder: Path) -> dict[str, Tensor]:
     if not path.exists():
         pickles = sorted(p.name for p in (*folder.glob("*.bin"), *folder.glob("*.pt*")))
         if pickles:
-            raise ValueError(f"{folder} holds only a pickle ({pickles[0]}), which can run code when "
-                             f"read; weights/README.md tells how to convert it to safetensors")
+            raise ValueError(f"{folder} holds only a pickle ({pickles[0]}), which can run code "
+                             f"when read; weights/README.md tells how to convert it to safetensors")
         raise FileNotFoundError(f"there is no {path}")
     try:
         with safe_open(path, framework="pt") as file:

@@ -281,3 +281,40 @@ def test_a_spoiled_run_folder_is_refused_by_name(run, tmp_path, spoil, words):
     spoil(folder)
     with pytest.raises((ValueError, OSError), match=words):
         evaluate.load_run(folder)
+
+
+def test_a_pair_task_with_two_dev_sets_and_a_regression_run_from_end_to_end(tmp_path):
+    """MNLI scores matched and mismatched; STS-B trains on the squared error, scores correlations."""
+    reviews = [text for (text,) in LOAD_TOY(train=40, dev=2)["train"].texts]
+    header = "index\tsentence1\tsentence2\t"
+    for folder, label, values, dev in (
+        ("MNLI", "gold_label", ("neutral", "entailment", "contradiction"), data.MNLI_DEV),
+        ("STS-B", "score", ("0.0", "2.5", "5.0"), data.DEV),
+    ):
+        lines = [
+            f"{i}\t{a}\t{b}\t{values[i % 3]}\n"
+            for i, (a, b) in enumerate(zip(reviews, reviews[1:]))
+        ]
+        (tmp_path / folder).mkdir()
+        for name in ("train.tsv", *dev):
+            (tmp_path / folder / name).write_text(header + label + "\n" + "".join(lines))
+    small = [
+        "--model",
+        str(data.DOWNLOADS / "toy"),
+        "--data-dir",
+        str(tmp_path),
+        "--epochs",
+        "1,1,1",
+    ]
+    for task, metrics in (
+        ("mnli", {"accuracy", "accuracy_mismatched"}),
+        ("stsb", {"pearson", "spearman"}),
+    ):
+        assert (
+            mlfs.main(["--task", task, *small, "--out", str(tmp_path / task), "--batch-size", "16"])
+            == 0
+        )
+        rows = json.loads((tmp_path / task / "palette.json").read_text())["subnets"]
+        assert all(metrics <= row.keys() and 0 < row["stderr"] < 1 for row in rows)
+        assert evaluate.main([str(tmp_path / task)]) == 0
+    assert rows[0]["score"] == rows[0]["pearson"]

@@ -66,8 +66,8 @@ def test_every_line_of_algorithm_1_stands_in_the_margin():
     margin = [
         int(n)
         for line in body.splitlines()
-        if (mark := re.search(r"#\s(\d+(?:, \d+)*)(?:\s|$)", line))
-        for n in mark[1].split(", ")
+        if (mark := re.search(r"#\s(\d+(?:,\d+)*)$", line))
+        for n in mark[1].split(",")
     ]
     assert sorted(margin) == [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 15]
 
