@@ -314,6 +314,15 @@ def load_run(folder: Path,
 
 # ---------------------------------------------------------------------------- the command line
 
+def check_device(name: str) -> str:
+    """The name, if this machine has that device; else ValueError."""
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from None
+    return name
+
+
 def exit_on_bad_input(main: Callable[[], int]) -> int:
     """Runs a command. What the user can put right is told in one sentence, exit code 2.
 
@@ -336,7 +345,7 @@ def main(argv: Iterable[str] | None = None) -> int:
     parser.add_argument("--data-dir", type=Path, help="holds SST-2/ etc.; default: as in the run")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, ...; default cpu")
     args = parser.parse_args(argv)
-    run, model, space = load_run(args.run, args.device)
+    run, model, space = load_run(args.run, check_device(args.device))
     task, max_length = data.TASKS[run["task"]], run["hyper_parameters"]["max_length"]
     tokenizer = data.load_tokenizer(run["base"]["folder"], model.config["vocab_size"])
     splits = data.load_task(run["task"], args.data_dir or run["data"]["folder"])

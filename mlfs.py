@@ -427,6 +427,7 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, dict]:
 def prepare(args: argparse.Namespace, given: dict) -> tuple[Run, dict | None]:
     """Reads and checks all input, then takes the run folder: bad input leaves no trace."""
     HyperParameters(**given)                     # bad values are told before anything is downloaded
+    evaluate.check_device(args.device)
     name, model_folder, data_folder, note = data.find_inputs(args.task, args.model, args.data_dir)
     hp = HyperParameters(**{**TASK_SETTINGS.get(name, {}), **given})
     task, dtype = data.TASKS[name], pick_dtype(hp.dtype, args.device)

@@ -176,6 +176,7 @@ EXPECTED = (
         ),
         (["--max-length", "4000"], "exceeds the 64 positions"),
         (["--resume", "--out", "nowhere"], "there is no nowhere/run.json"),
+        (["--device", "abacus"], "--device abacus cannot be used here"),
     ],
 )
 def test_bad_input_is_one_sentence_and_exit_code_2(command, words, capsys, tmp_path, monkeypatch):
