@@ -7,8 +7,11 @@ any other ([CLS] [SEP]).
 import hashlib
 import os
 import random
+import socket
 import tempfile
 import zipfile
+import zlib
+from http.client import HTTPException
 from pathlib import Path
 from typing import Iterator, NamedTuple
 
@@ -111,12 +114,11 @@ def finite(text: str) -> float:
     return value
 
 
-def load_task(task: str, folder: str | Path) -> dict[str, Rows]:
-    """All labelled splits: train, dev and, for MNLI, dev_mismatched."""
-    if task == "toy":
-        return load_toy()
-    names = ("train", "dev", "dev_mismatched")[:1 + len(TASKS[task].dev)]
-    return {split: load_glue(task, split, folder) for split in names}
+def load_task(task: str, folder: str | Path, train: bool = True) -> dict[str, Rows]:
+    """The labelled splits: train (if wanted), dev and, for MNLI, dev_mismatched."""
+    names = ("train", "dev", "dev_mismatched")[not train:1 + len(TASKS[task].dev)]
+    toy = load_toy() if task == "toy" else {}
+    return {split: toy[split] if toy else load_glue(task, split, folder) for split in names}
 
 
 # ----------------------------------------------------------------------------------- downloads
@@ -134,10 +136,15 @@ def download_glue(task: str, folder: Path) -> None:
     """
     row, target = GLUE[task], Path(folder) / GLUE[task].folder
     target.mkdir(parents=True, exist_ok=True)
+    patience = socket.getdefaulttimeout()
     with tempfile.TemporaryDirectory(dir=target) as scratch:
         def fetch(url: str) -> Path:
             path = Path(scratch) / url.rpartition("/")[2]
-            torch.hub.download_url_to_file(url, str(path))
+            socket.setdefaulttimeout(5)              # seconds of silence, not of the whole download
+            try:
+                torch.hub.download_url_to_file(url, str(path))
+            finally:
+                socket.setdefaulttimeout(patience)
             return path
 
         try:
@@ -148,7 +155,8 @@ def download_glue(task: str, folder: Path) -> None:
             else:
                 ids = fetch(GLUE_URL + "mrpc_dev_ids.tsv")
                 files = split_mrpc(fetch(MRPC_URL).read_bytes(), ids.read_bytes())
-        except (zipfile.BadZipFile, KeyError, ValueError) as error:
+        except (zipfile.BadZipFile, zlib.error, EOFError, HTTPException, KeyError,
+                ValueError) as error:
             raise OSError(f"the download of {task} is not whole: {error}") from None
         for name, content in files.items():
             (Path(scratch) / name).write_bytes(content)
@@ -172,11 +180,14 @@ def split_mrpc(corpus: bytes, dev_ids: bytes) -> dict[str, bytes]:
 
 def download_model(name: str, folder: Path) -> None:
     """Fetch a checkpoint from the Hugging Face hub, with progress bars; OSError if it fails."""
-    from huggingface_hub import snapshot_download    # comes with tokenizers; caches, honours HF_*
+    from huggingface_hub import HfApi, snapshot_download     # comes with tokenizers; honours HF_*
     try:
+        HfApi().model_info(name, timeout=3)          # a silent network is found out in seconds
         snapshot_download(name, local_dir=folder, allow_patterns=MODEL_FILES, etag_timeout=5)
     except Exception as error:                       # its HTTP errors are no OSErrors
-        raise OSError(str(error).splitlines()[0]) from None
+        raise OSError((str(error) or type(error).__name__).splitlines()[0]) from None
+    if not (folder / "model.safetensors").exists():
+        raise OSError(f"the download of {name} is not whole: it has no model.safetensors")
 
 
 BANNER = """{line}
@@ -310,12 +321,14 @@ def load_tokenizer(folder: str | Path, vocab_size: int | None = None) -> Tokeniz
     whole, words = Path(folder) / "tokenizer.json", Path(folder) / "vocab.txt"
     path = whole if whole.exists() else words
     if not path.exists():
-        raise FileNotFoundError(f"there is neither {whole} nor {words}")
+        raise FileNotFoundError(f"there is neither {whole} nor {words}; copy the checkpoint's "
+                                f"tokenizer there")
     try:
         if path == whole:
             tokenizer = Tokenizer.from_file(str(path))
         else:
             tokenizer = BertWordPieceTokenizer(str(path), lowercase=True)._tokenizer
+        tokenizer.encode("a \u2603")                 # fails without an unknown-token
     except Exception as error:                       # the library raises bare Exception
         raise ValueError(f"{path} is not a tokenizer: {error}") from None
     largest = max(tokenizer.get_vocab().values(), default=-1)

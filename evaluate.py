@@ -142,20 +142,22 @@ def table(rows: list[dict], columns: dict[str, str]) -> str:
         text.rjust(width) for text, width in zip(line[1:], widths[1:])]) + " |" for line in lines)
 
 
-SIZES = {"name": "subnet", "parameters": "parameters", "encoder_parameters": "encoder"}
+COLUMNS = {"name": "subnet", "parameters": "parameters", "encoder_parameters": "encoder"}
 
 
 def final_table(rows: list[dict]) -> str:
-    """The palette with a column for each moment that was measured, oldest first."""
+    """The palette with a column for each moment that was measured, oldest first, the standard error
+    of the last, and the task's other metrics then."""
     moments = {moment: moment for moment in rows[0].get("history", {})} or {"score": "score"}
     flat = [row | row.get("history", {}) for row in rows]
-    return table(flat, SIZES | moments | {"stderr": "± s.e."})
+    metrics = [key for key in rows[0] if key in (*METRICS, "accuracy_mismatched")]
+    return table(flat, COLUMNS | moments | {"stderr": "± s.e."} | {key: key for key in metrics[1:]})
 
 
 def stage_table(rows: list[dict]) -> str:
     """The palette before and after the stage that has just ended."""
     moments = {moment: moment for moment in list(rows[0]["history"])[-2:]}
-    return table([row | row["history"] for row in rows], SIZES | moments | {"stderr": "± s.e."})
+    return table([row | row["history"] for row in rows], COLUMNS | moments | {"stderr": "± s.e."})
 
 
 # ------------------------------------------------------------------------------ the run folder
@@ -179,7 +181,7 @@ def take_folder(folder: Path, settings: dict, resume: bool, overwrite: bool) -> 
         raise ValueError("--resume and --overwrite contradict each other; give one of them")
     if resume:
         old = read_json(folder / "run.json")
-        for key in ("task", "base", "data", "hyper_parameters"):
+        for key in ("task", "base", "data", "hyper_parameters", "device", "dtype"):
             new = json.loads(json.dumps(settings[key]))              # tuples become lists
             if old.get(key) != new:
                 fields = new if isinstance(new, dict) else {}
@@ -205,7 +207,7 @@ def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
                                 f"a run folder")
     try:
         with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
             return tensors, json.loads(file.metadata()["mlfs"])
     except (SafetensorError, OSError, TypeError, KeyError, ValueError) as error:
         raise ValueError(f"{path} is damaged or cut short: {error}") from None
@@ -298,6 +300,8 @@ def load_run(folder: Path,
     run = read_json(folder / "run.json")
     try:
         base, digest, labels = run["base"]["folder"], run["base"]["sha256"], run["num_labels"]
+        run["data"]["folder"], run["hyper_parameters"]["max_length"], run["note"]        # all there?
+        data.TASKS[run["task"]]
         space = [SubnetConfig(row["hidden_size"], row["heads"], row["intermediate_size"],
                               tuple(row["layers"]), row["name"]) for row in run["space"]]
     except (KeyError, TypeError) as error:
@@ -328,14 +332,16 @@ def exit_on_bad_input(main: Callable[[], int]) -> int:
 
     By convention ValueError and OSError carry that sentence; a bug keeps its traceback.
     """
+    for stream in (sys.stdout, sys.stderr):          # a terminal without Greek shows "?" for it
+        stream.reconfigure(errors="replace")
     try:
         return main()
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped; the same command with --resume goes on from the last checkpoint",
-              file=sys.stderr)
+        print("\nstopped; `python mlfs.py` with the same options and --resume goes on from the "
+              "last checkpoint", file=sys.stderr)
         return 130
 
 
@@ -348,9 +354,8 @@ def main(argv: Iterable[str] | None = None) -> int:
     run, model, space = load_run(args.run, check_device(args.device))
     task, max_length = data.TASKS[run["task"]], run["hyper_parameters"]["max_length"]
     tokenizer = data.load_tokenizer(run["base"]["folder"], model.config["vocab_size"])
-    splits = data.load_task(run["task"], args.data_dir or run["data"]["folder"])
-    splits = {name: data.encode(tokenizer, rows, max_length) for name, rows in splits.items()
-              if name != "train"}
+    splits = data.load_task(run["task"], args.data_dir or run["data"]["folder"], train=False)
+    splits = {name: data.encode(tokenizer, rows, max_length) for name, rows in splits.items()}
     rows = palette(model, space, task, splits)
     if run["note"]:
         print(run["note"])

@@ -251,6 +251,12 @@ class SuperTransformer(nn.Module):
         Raises ValueError naming the first tensor that does not fit.
         """
         order = {n.removeprefix("order."): t for n, t in state.items() if n.startswith("order.")}
+        sizes = {"heads": self.maxnet.num_attention_heads, "neurons": self.maxnet.intermediate_size}
+        for key in [f"{l}.{kind}" for l in self.maxnet.layers for kind in sizes] if order else []:
+            whole = torch.arange(sizes[key.split(".")[1]])
+            if key not in order or not torch.equal(order[key].sort().values, whole):
+                raise ValueError(f"the adapters do not fit this base model: 'order.{key}' is no "
+                                 f"permutation of its {len(whole)}")
         if order:
             self.permute(order)
         first = f"layers.0.{self.adapted[0]}.A."
@@ -403,9 +409,12 @@ def read_config(folder: Path) -> dict:
         raise ValueError(f"{path}: hidden_size {hidden} is not a multiple of num_attention_heads "
                          f"{heads}, and there is no head_dim")
     config.setdefault("head_dim", hidden // heads)
+    for key, kind in (("head_dim", int), ("layer_norm_eps", float)):
+        if type(config[key]) is not kind or not config[key] > 0:
+            raise ValueError(f"{path}: {key} must be a positive number, not {config[key]!r}")
     for key, known in (("model_type", FAMILIES), ("hidden_act", ACTIVATIONS),
                        ("position_embedding_type", ["absolute"])):
-        if config.get(key, "absolute") not in known:
+        if config.get(key, "absolute") not in list(known):
             raise ValueError(f"{path}: {key} {config.get(key)!r} is not supported; choose from "
                              f"{', '.join(known)}")
     return config
@@ -419,7 +428,7 @@ def read_checkpoint(folder: Path) -> dict[str, Tensor]:
         if pickles:
             raise ValueError(f"{folder} holds only a pickle ({pickles[0]}), which can run code "
                              f"when read; weights/README.md tells how to convert it to safetensors")
-        raise FileNotFoundError(f"there is no {path}")
+        raise FileNotFoundError(f"there is no {path}; weights/README.md tells how to get one")
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}
