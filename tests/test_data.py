@@ -237,7 +237,7 @@ def test_a_download_is_unpacked_whole_or_not_at_all(tmp_path, monkeypatch):
     ever left.
     """
     whole = tmp_path / "whole.zip"
-    with zipfile.ZipFile(whole, "w") as archive:
+    with zipfile.ZipFile(whole, "w", zipfile.ZIP_DEFLATED) as archive:
         for name in ("train.tsv", "dev.tsv", "test.tsv"):
             archive.writestr(f"SST-2/{name}", "sentence\tlabel\ngood\t1\n")
 
@@ -248,10 +248,15 @@ def test_a_download_is_unpacked_whole_or_not_at_all(tmp_path, monkeypatch):
     def break_off(url, path):
         open(path, "wb").write(whole.read_bytes()[:-40])
 
+    def flip(url, path):
+        content = bytearray(whole.read_bytes())
+        content[45] ^= 0xFF
+        open(path, "wb").write(content)
+
     def absent(url, path):
         raise OSError("no network")
 
-    for fetch, words in ((break_off, "not whole"), (absent, "no network")):
+    for fetch, words in ((break_off, "not whole"), (flip, "not whole"), (absent, "no network")):
         monkeypatch.setattr(torch.hub, "download_url_to_file", fetch)
         with pytest.raises(OSError, match=words):
             data.download_glue("sst2", tmp_path / "glue")

@@ -41,7 +41,7 @@ def test_metrics_agree_with_scikit_learn_and_scipy():
 
 
 def test_the_standard_error():
-    """√(p(1-p)/n) for accuracy; the bootstrap agrees with it on a metric that equals accuracy."""
+    """√(p(1-p)/n) for accuracy; the bootstrap agrees with the formula for a correlation."""
     assert evaluate.standard_error("accuracy", P, Y) == pytest.approx(np.sqrt(0.7 * 0.3 / 10))
     rng = np.random.default_rng(0)
     x = rng.normal(size=400)
@@ -319,3 +319,23 @@ def test_a_pair_task_with_two_dev_sets_and_a_regression_run_from_end_to_end(tmp_
         assert all(metrics <= row.keys() and 0 < row["stderr"] < 1 for row in rows)
         assert evaluate.main([str(tmp_path / task)]) == 0
     assert rows[0]["score"] == rows[0]["pearson"]
+
+
+def test_a_maxnet_that_falls_is_warned_of(tmp_path, monkeypatch, capsys):
+    """The stage's starting score is kept in run.json, so a collapse is measured from there."""
+    monkeypatch.setattr(data, "load_toy", lambda: LOAD_TOY(train=200, dev=20))
+    command = [
+        "--out",
+        str(tmp_path / "run"),
+        "--epochs",
+        "0,1,0",
+        "--widths",
+        "1,.5",
+        "--depths",
+        "1",
+    ]
+    scores = iter((0.9, 0.9, 0.6, 0.6))  # stage 0 begins; stage 1 begins, ends; ...
+    monkeypatch.setattr(mlfs.Run, "held_out_score", lambda self: next(scores, 0.6))
+    assert mlfs.main(command) == 0
+    assert "the maxnet fell from 90.0 to 60.0" in capsys.readouterr().err
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["start_scores"][1] == 0.9

@@ -240,35 +240,34 @@ def test_the_accumulated_gradient_is_eq6(tiny, monkeypatch):
 
 
 def test_stage_0_is_plain_low_rank_fine_tuning_step_for_step():
-    """With 𝒜_0 = {maxnet} the same loop is LoRA: an independent loop on merged weights gives the
-    same A_0, B_0 and head.
-    """
-    hp, data_ = dataclasses.replace(HP, epochs=(2, 0, 0), clip=1.0), examples()
-    ours, plain = tiny_bert(), tiny_bert()
-    steps = [
-        at
-        for at in m.mlfs(ours, data_, configuration_space(ours.maxnet), hp)
-        if at.stage == 0 and at.losses
-    ]
-    plain.add_stage(2)
-    parameters = [p for p in plain.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, weight_decay=0)
+    """With 𝒜_0 = {maxnet} the same loop is LoRA: a loop of its own over W + (A B)ᵀ, on a model that
+    knows no adapters, gives the same losses, A_0, B_0 and head."""
+    hp = dataclasses.replace(HP, epochs=(2, 0, 0), warmup=0.5)
+    ours, plain, data_ = tiny_bert(), tiny_bert(), examples()
+    run = m.mlfs(ours, data_, configuration_space(ours.maxnet), hp)
+    next(run)
+    start = {name: t.clone().requires_grad_(True) for name, t in ours.trained_state().items()}
+    steps = [at for at in run if at.stage == 0 and at.losses]
+    optimizer = torch.optim.AdamW(list(start.values()), weight_decay=0)
     batches = [b for epoch in (0, 1) for b in data.batches(data_, 8, (0, 0, epoch))]
     assert len(steps) == len(batches) == 6
     for number, (x, y) in enumerate(batches, 1):
-        loss = F.cross_entropy(plain(**x)[0], y)
+        weights = {name: p for name, p in start.items() if not name.endswith((".A.0", ".B.0"))}
+        for name in (n.removesuffix(".A.0") for n in start if n.endswith(".A.0")):
+            W = plain.get_parameter(name + ".weight")
+            weights[name + ".weight"] = W + (start[name + ".A.0"] @ start[name + ".B.0"]).T
+        loss = F.cross_entropy(torch.func.functional_call(plain, weights, (), x)[0], y)
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.param_groups[0]["lr"] = (
-            1e-2 * (7 - number) / 6
-        )  # no warm-up: 6% of 6 steps is under one
+        torch.nn.utils.clip_grad_norm_(list(start.values()), 1.0)
+        rate = (1 / 3, 2 / 3, 1, 3 / 4, 2 / 4, 1 / 4)[
+            number - 1
+        ]  # up over half the steps, then down
+        optimizer.param_groups[0]["lr"] = 1e-2 * rate
         optimizer.step()
         assert loss.item() == pytest.approx(steps[number - 1].losses["w1-d4"], abs=1e-5)
-    state = {name: t for name, t in ours.trained_state().items() if not name.endswith((".1", ".2"))}
-    assert state.keys() == plain.trained_state().keys()
-    for name, t in plain.trained_state().items():
-        assert torch.allclose(state[name], t, atol=1e-4), name
+    for name, t in start.items():
+        assert torch.allclose(ours.trained_state()[name], t, atol=5e-4), name  # steps of 1e-2
 
 
 def test_three_stages_leave_the_pretrained_weights_alone_and_add_rank_3r(tiny):
@@ -291,27 +290,6 @@ def test_three_stages_leave_the_pretrained_weights_alone_and_add_rank_3r(tiny):
         assert all(B.abs().max() > 0 for B in linear.B)
 
 
-def test_the_maxnet_learns_nothing_from_its_students(tiny):
-    """z_1 and h_1 are constants (our decision): with α = 1 and a task loss of the maxnet alone, no
-    gradient flows through the teacher.
-    """
-    tiny.add_stage(2)
-    randomise_adapters(tiny)
-    space, x = configuration_space(tiny.maxnet), batch()
-    z_1, h_1 = tiny(**x)
-    z, h = tiny(**x, phi=space[-1])
-    U = feature_projections(space[-1].layers, 4, 16, 0)
-    (
-        kd_loss(z, z_1.detach()) + fd_loss(h, {l: h_1[l].detach() for l in U}, U, 0.1, x["mask"])
-    ).backward()
-    outside = tiny.layers[0].query.B[0].grad  # layer 0 is in the maxnet, not in the minnet
-    assert outside is None or not outside.any()
-    assert (
-        tiny.layers[1].query.B[0].grad[:, :8].any()
-        and not tiny.layers[1].query.B[0].grad[:, 8:].any()
-    )
-
-
 def test_importance_is_the_derivative_of_the_loss_by_a_gate(tiny):
     """Closing a gate ξ a little on one head or neuron changes the loss by |∂ℓ/∂ξ|: finite
     differences agree.
@@ -319,7 +297,6 @@ def test_importance_is_the_derivative_of_the_loss_by_a_gate(tiny):
     data_ = examples(16)
     scores = m.importance(tiny, data_, HP)
     ((x, y),) = data.batches(data_, 32)
-    x["ids"], x["segments"], y = x["ids"], x["segments"], y
 
     def loss_with_gate(linear, columns, gate):
         whole = linear.weight.data.clone()
