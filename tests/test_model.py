@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import batch, randomise_adapters, tiny_bert
-from model import Bert, attention, load_pretrained, save_pretrained
+from model import Bert, ElasticLinear, attention, load_pretrained, save_pretrained
 from mlfs import configuration_space
 
 REFERENCE = Path(__file__).parent / "reference"
@@ -85,6 +85,18 @@ def test_only_the_current_stage_and_the_head_get_gradients(tiny):
     } | {f"{part}.{kind}" for part in ("pooler", "classifier") for kind in ("weight", "bias")}
 
 
+def test_permuting_a_layer_permutes_its_inputs_and_outputs_and_nothing_else():
+    """W, b and every A_s, B_s move together: the layer's function stays up to the new order."""
+    torch.manual_seed(0)
+    linear, x = ElasticLinear(5, 4), torch.randn(3, 5)
+    torch.nn.init.normal_(linear.weight), torch.nn.init.normal_(linear.bias)
+    linear.add_stage(2, torch.Generator())
+    torch.nn.init.normal_(linear.B[0])
+    y, inputs, outputs = linear(x, 4), torch.randperm(5), torch.randperm(4)
+    linear.permute(inputs, outputs)
+    assert torch.allclose(linear(x[:, inputs], 4), y[:, outputs], atol=1e-6)
+
+
 def test_n_j_counts_the_adapter_entries_that_get_a_gradient(tiny):
     """Alg. 1 line 9 and Prop. 2: n_j is the number of entries of {A_s, B_s} in Φ_j."""
     tiny.add_stage(2)
@@ -155,6 +167,32 @@ def test_what_was_trained_is_stored_and_gives_back_the_logits(tiny):
     del state["classifier.bias"]
     with pytest.raises(ValueError, match="classifier.bias"):
         tiny_bert().load_trained_state(state)
+
+
+@pytest.mark.parametrize(
+    "other, words",
+    [
+        (dict(intermediate_size=32), "'order.0.neurons' is no permutation of its 32"),
+        (dict(num_attention_heads=8, head_dim=2), "'order.0.heads' is no permutation of its 8"),
+        (dict(num_hidden_layers=5), "'order.4.heads' is no permutation"),
+        (
+            dict(num_hidden_layers=3),
+            "tensor 'layers.3.intermediate.A.0' is missing, extra or misshapen",
+        ),
+        (dict(num_labels=2), "tensor 'classifier.bias' is missing, extra or misshapen"),
+    ],
+)
+def test_adapters_of_another_base_model_are_refused(tiny, other, words):
+    tiny.add_stage(2)
+    tiny.reorder(
+        {
+            f"{l}.{kind}": torch.rand(n)
+            for l in range(4)
+            for kind, n in (("heads", 4), ("neurons", 24))
+        }
+    )
+    with pytest.raises(ValueError, match=words):
+        tiny_bert(**other).load_trained_state(tiny.trained_state())
 
 
 def test_save_and_load_give_the_same_bits_and_never_overwrite(tiny, tmp_path):
