@@ -323,3 +323,22 @@ def test_the_toys_tokenizer_knows_every_word():
         tokenizer.token_to_id("[UNK]") not in ids
         for ids in data.encode(tokenizer, splits["train"], 64).ids
     )
+
+
+def test_a_model_that_arrives_in_part_is_no_model(tmp_path, monkeypatch):
+    """The hub's client replaced by one that breaks off, and by one whose error has no text."""
+    import huggingface_hub
+
+    def silent(*_, **__):
+        raise TimeoutError
+
+    def partial(name, local_dir, **_):
+        write(local_dir, "config.json", "{}")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *_, **__: None)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", partial)
+    with pytest.raises(OSError, match="is not whole: it has no model.safetensors"):
+        data.download_model("some/model", tmp_path)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", silent)
+    with pytest.raises(OSError, match="TimeoutError"):
+        data.download_model("some/model", tmp_path)
