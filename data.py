@@ -79,12 +79,12 @@ def load_glue(task: str, split: str, folder: str | Path) -> Rows:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text (byte {error.start})") from None
-    cells = [line.rstrip("\r").split("\t") for line in text.split("\n")]     # U+2028 ends no line
-    while cells and cells[-1] == [""]:
-        cells.pop()
+    lines = [line.rstrip("\r") for line in text.split("\n")]        # U+2028 ends no line
+    while lines and not lines[-1]:
+        lines.pop()
     columns, start = (*row.sentences, row.label), 0
-    if isinstance(row.label, str) and cells:
-        header, start = cells[0], 1
+    if isinstance(row.label, str) and lines:
+        header, start = lines[0].split("\t"), 1
         for column in columns:
             if column not in header:
                 raise ValueError(f"{path}, line 1: there is no column {column!r}; the header has "
@@ -92,11 +92,12 @@ def load_glue(task: str, split: str, folder: str | Path) -> Rows:
         columns = tuple(header.index(column) for column in columns)
     classes = {str(i): i for i in range(len(row.labels))} | {w: i for i, w in enumerate(row.labels)}
     texts, labels = [], []
-    for number, line in enumerate(cells[start:], start + 1):
-        if len(line) <= max(columns):
-            raise ValueError(f"{path}, line {number}: {len(line)} columns, at least "
+    for number, line in enumerate(lines[start:], start + 1):
+        cells = line.split("\t")
+        if len(cells) <= max(columns):
+            raise ValueError(f"{path}, line {number}: {len(cells)} columns, at least "
                              f"{max(columns) + 1} are needed")
-        *sentences, label = (line[column].strip() for column in columns)
+        *sentences, label = (cells[column].strip() for column in columns)
         try:
             labels.append(classes[label] if classes else finite(label))
         except (KeyError, ValueError):

@@ -455,9 +455,9 @@ def prepare(args: argparse.Namespace, given: dict) -> tuple[Run, dict | None]:
     counts = {"train": train_split, "held_out": held_out} | splits
     settings = {
         "task": name, "note": note, "num_labels": model.config["num_labels"],
-        "base": {"folder": str(model_folder),
+        "base": {"folder": str(model_folder.resolve()),
                  "sha256": data.sha256(model_folder / "model.safetensors")},
-        "data": {"folder": str(data_folder)} | {k: len(v.labels) for k, v in counts.items()},
+        "data": {"folder": str(data_folder.resolve())} | {k: len(v.labels) for k, v in counts.items()},
         "hyper_parameters": dataclasses.asdict(hp),
         "space": [evaluate.describe(model, phi) for phi in space],
         "device": args.device, "dtype": str(dtype).removeprefix("torch."),
@@ -542,7 +542,7 @@ def main(argv: Iterable[str] | None = None) -> int:
     run, resume = prepare(*parse_arguments(list(sys.argv[1:] if argv is None else argv)))
     s, hp, space, metric = run.settings, run.hp, run.space, run.task.metrics[0]
     size = s["space"][0]["parameters"] / 1e6
-    print(f"MLFS on {s['task']}: {s['base']['folder']} "
+    print(f"MLFS on {s['task']}: {Path(s['base']['folder']).name} "
           f"({type(run.model).__name__}, {size:.1f}M parameters); {s['data']['train']:,} examples "
           f"to train on, {s['data']['held_out']:,} held out, {s['data']['dev']:,} dev\n"
           f"𝒜: {len(space)} subnets, {space[0].name} to {space[-1].name}; r = {hp.rank}, "
