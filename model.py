@@ -8,7 +8,8 @@ Three ideas carry this file.
 3. Adapters stay factored (Eqs. 7-9): x A B costs r(in + out), no ΔW is built while training.
    ΔW = A B, A (in, r), B (r, out), as in the paper; PyTorch stores W as (out, in): W + (A B)ᵀ.
 
-B batch, T tokens, H hidden size, N heads, D head size, F intermediate size, r rank, C classes.
+B batch, T tokens, S tokens attended to, H hidden size, N heads, K key/value heads, D head size,
+F intermediate size, r rank, C classes, V vocabulary.
 """
 import json
 import os
@@ -16,6 +17,7 @@ import re
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Iterator
 
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")  # of 1024: as fast, 0.4 GB less
 
@@ -24,6 +26,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 # ------------------------------------------------------------------------------------------- Φ
@@ -48,10 +51,12 @@ class SubnetConfig:
 class ElasticLinear(nn.Module):
     """y = x W_Φᵀ + b_Φ + Σ_s (x A_s[:i]) B_s[:, :o]    (Eqs. 2, 8 and 9)"""
 
-    def __init__(self, in_features: int, out_features: int, trainable: bool = False):
+    def __init__(self, in_features: int, out_features: int, bias: bool = True,
+                 trainable: bool = False):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features), requires_grad=trainable)
-        self.bias = nn.Parameter(torch.empty(out_features), requires_grad=trainable)
+        shift = nn.Parameter(torch.empty(out_features), requires_grad=trainable) if bias else None
+        self.register_parameter("bias", shift)
         self.A, self.B = nn.ParameterList(), nn.ParameterList()      # one pair a stage
 
     def add_stage(self, rank: int, generator: torch.Generator) -> None:
@@ -69,7 +74,7 @@ class ElasticLinear(nn.Module):
 
     def forward(self, x: Tensor, out_features: int) -> Tensor:       # (..., i) -> (..., o)
         i, o = x.size(-1), out_features
-        y = F.linear(x, self.weight[:o, :i], self.bias[:o])
+        y = F.linear(x, self.weight[:o, :i], None if self.bias is None else self.bias[:o])
         if len(self.A):                              # Σ_s A_s B_s = [A_0 A_1 A_2] [B_0; B_1; B_2]
             A = torch.cat([A[:i] for A in self.A], dim=1).to(x.dtype)
             B = torch.cat([B[:, :o] for B in self.B], dim=0).to(x.dtype)
@@ -86,7 +91,9 @@ class ElasticLinear(nn.Module):
     def permute(self, inputs: Tensor | None = None, outputs: Tensor | None = None) -> None:
         """Re-order input columns or output rows of W, and of every A_s, B_s with it."""
         if outputs is not None:
-            self.weight.data, self.bias.data = self.weight[outputs], self.bias[outputs]
+            self.weight.data = self.weight[outputs]
+            if self.bias is not None:
+                self.bias.data = self.bias[outputs]
             for B in self.B:
                 B.data = B[:, outputs]
         if inputs is not None:
@@ -109,6 +116,19 @@ class ElasticLayerNorm(nn.Module):
         return F.layer_norm(x, (i,), self.weight[:i], self.bias[:i], self.eps)
 
 
+class ElasticRMSNorm(nn.Module):
+    """Root-mean-square normalisation over the width that arrives, with the leading gains."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size), requires_grad=False)
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        i = x.size(-1)
+        return F.rms_norm(x, (i,), self.weight[:i], self.eps)
+
+
 class ElasticEmbedding(nn.Module):
     """The leading columns of an embedding table."""
 
@@ -121,23 +141,37 @@ class ElasticEmbedding(nn.Module):
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    """softmax(q kᵀ/√D + bias) v; q, k, v (B, N, T, D), bias broadcastable to (B, N, T, T) or None.
+    """softmax(q kᵀ/√D + bias) v; q (B, N, T, D), k and v (B, K, S, D): N/K heads share a key head.
 
-    The one place that picks a kernel: in bfloat16 on a CPU the textbook's lines beat torch's fused
-    kernel up to about 512 tokens, everywhere else the fused one wins.
+    bias broadcasts to (B, K, T, S), or is None. The one place that picks a kernel: in bfloat16 on a
+    CPU the textbook's lines beat torch's fused kernel up to about 512 tokens, everywhere else the
+    fused one wins.
     """
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.size(-2) < 512:
-        scores = q @ k.transpose(-1, -2) * q.size(-1) ** -0.5        # (B, N, T, T)
-        return (scores if bias is None else scores + bias).softmax(-1) @ v
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    (_, N, T, D), K = q.shape, k.size(1)
+    textbook = q.device.type == "cpu" and q.dtype == torch.bfloat16 and T < 512
+    if K < N:                            # heads that share a key are just more queries: no k copied
+        q = q.reshape(-1, K, N // K * T, D)                              # (B, K, N/K·T, D)
+        bias = bias.repeat(1, 1, N // K, 1) if T > 1 and bias is not None else bias
+    if textbook:
+        scores = q @ k.transpose(-1, -2) * D ** -0.5                     # (B, K, N/K·T, S)
+        context = (scores if bias is None else scores + bias).softmax(-1) @ v
+    else:
+        context = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    return context.reshape(-1, N, T, D) if K < N else context
+
+
+def hide(hidden: Tensor, dtype: torch.dtype) -> Tensor:
+    """An attention bias: the lowest number where `hidden`, else 0."""
+    zeros = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
+    return zeros.masked_fill(hidden, torch.finfo(dtype).min)
 
 
 def tanh_gelu(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
-ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "gelu_new": tanh_gelu, "gelu_fast": tanh_gelu,
-               "gelu_pytorch_tanh": tanh_gelu}
+ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu, "gelu_new": tanh_gelu,
+               "gelu_fast": tanh_gelu, "gelu_pytorch_tanh": tanh_gelu}
 
 
 # ------------------------------------------------------------------- what all families share
@@ -150,12 +184,31 @@ class SuperTransformer(nn.Module):
     """
     adapted = ("query", "key", "value", "intermediate")      # App. A: QKV, FFN's intermediate
     head = ()                                        # trained in full, shared by all subnets
+    head_group = 1                                   # heads are kept or dropped in groups of so many
+    model_type = architecture = ""                   # the checkpoint world's names of the class
     tensor_names: dict[str, str] = {}                # ours -> the checkpoint's; {}: layer number
+    config_names: dict[str, str] = {}                # the same for config.json
+    defaults: dict = {}                              # of fields that config.json may leave out
+    required: dict = {}                              # fields with the one value that we implement
 
     def __init__(self, config: dict):
         super().__init__()
         self.config = config
+        self.num_stages = 0
+        self.gradient_checkpointing = False          # keep no activations inside layers; recompute
         self.order: dict[str, Tensor] = {}           # what `permute` did; stored with the adapters
+
+    def forward(self, ids: Tensor, mask: Tensor | None = None, phi: SubnetConfig | None = None,
+                **more) -> tuple[Tensor, dict[int, Tensor]]:
+        """z, h = f_Φ(x; Π_Φ(W_Sup)); ids and mask (B, T), mask 1 for a real token (Sec. 4)."""
+        s, features = self.encode(ids, mask, phi or self.maxnet, **more)
+        return self.logits(s), features
+
+    def run(self, l: int, *inputs) -> Tensor:
+        """Maxnet layer l."""
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(self.layers[l], *inputs, use_reentrant=False)
+        return self.layers[l](*inputs)
 
     @property
     def maxnet(self) -> SubnetConfig:
@@ -167,17 +220,20 @@ class SuperTransformer(nn.Module):
     def adapted_linears(self) -> list[ElasticLinear]:
         return [getattr(layer, name) for layer in self.layers for name in self.adapted]
 
-    @property
-    def num_stages(self) -> int:
-        return len(self.adapted_linears()[0].A)
+    def add_stage(self, rank: int | None, seed: int = 0) -> None:
+        """Freeze earlier adapters, add {A_s, B_s} (Alg. 1 line 2). ValueError if rank < 1.
 
-    def add_stage(self, rank: int, seed: int = 0) -> None:
-        """Freeze earlier adapters, add {A_s, B_s} (Alg. 1 line 2). ValueError if rank < 1."""
-        if rank < 1:
+        rank None: no adapters, all of W is trained ("full-rank (non-LoRA) MLFS", App. B).
+        """
+        if rank is None:
+            self.requires_grad_()
+        elif rank < 1:
             raise ValueError(f"the rank r of A and B must be at least 1, not {rank}")
-        generator = torch.Generator().manual_seed(seed * 3 + self.num_stages)
-        for linear in self.adapted_linears():
-            linear.add_stage(rank, generator)
+        else:
+            generator = torch.Generator().manual_seed(seed * 3 + self.num_stages)
+            for linear in self.adapted_linears():
+                linear.add_stage(rank, generator)
+        self.num_stages += 1
 
     def subnet_config(self, phi: SubnetConfig) -> dict:
         """config.json of Φ's stand-alone model."""
@@ -193,11 +249,13 @@ class SuperTransformer(nn.Module):
     def num_trainable(self, phi: SubnetConfig) -> int:
         """n_j: entries of the current {A_s, B_s} that Φ_j uses (Alg. 1 line 9).
 
-        Prop. 2 says "only the LoRA matrices": the head is not counted.
+        Prop. 2 says "only the LoRA matrices": the head is not counted. Without adapters: all of Φ_j.
         """
-        rank = self.adapted_linears()[0].A[-1].size(1)
-        return sum(rank * sum(linear.weight.shape)           # A has in·r entries, B has r·out
-                   for linear in self.skeleton(phi).adapted_linears())
+        small, adapters = self.skeleton(phi), self.adapted_linears()[0].A
+        if not len(adapters):
+            return sum(p.numel() for p in small.parameters())
+        rank = adapters[-1].size(1)                          # A has in·r entries, B has r·out
+        return sum(rank * sum(linear.weight.shape) for linear in small.adapted_linears())
 
     @torch.no_grad()
     def extract(self, phi: SubnetConfig) -> "SuperTransformer":
@@ -220,21 +278,28 @@ class SuperTransformer(nn.Module):
         """Put the most important heads and neurons first, where every slice keeps them.
 
         The maxnet's function stays (as in DynaBERT, Hou et al., 2020). importance: "l.heads" (N,)
-        and "l.neurons" (F,) for each layer l.
+        and "l.neurons" (F,) for each layer l; heads that share a key move together, by their sum.
         """
-        self.permute({key: score.argsort(descending=True, stable=True)
-                      for key, score in importance.items()})
+        order = {}
+        for key, score in importance.items():
+            group = self.head_group if key.endswith("heads") else 1
+            first = score.view(-1, group).sum(1).argsort(descending=True, stable=True)
+            order[key] = blocks(first, group)
+        self.permute(order)
 
     def permute(self, order: dict[str, Tensor]) -> None:
         """New position -> old position, keys as in `reorder`."""
-        D = self.config["head_dim"]
+        D, G = self.config["head_dim"], self.head_group
         for l, layer in enumerate(self.layers):
             heads, neurons = order[f"{l}.heads"], order[f"{l}.neurons"]
-            rows = (heads[:, None] * D + torch.arange(D, device=heads.device)).flatten()
-            for linear in (layer.query, layer.key, layer.value):
-                linear.permute(outputs=rows)
+            rows, shared = blocks(heads, D), blocks(heads[::G] // G, D)
+            for name in self.adapted:
+                linear = getattr(layer, name)
+                if name not in ("query", "key", "value"):
+                    linear.permute(outputs=neurons)
+                elif name == "query" or len(linear.weight) > D:          # one key is never sliced
+                    linear.permute(outputs=rows if name == "query" else shared)
             layer.attention_output.permute(inputs=rows)
-            layer.intermediate.permute(outputs=neurons)
             layer.output.permute(inputs=neurons)
         self.order = {key: self.order[key][index] if key in self.order else index
                       for key, index in order.items()}
@@ -242,7 +307,7 @@ class SuperTransformer(nn.Module):
     def trained_state(self) -> dict[str, Tensor]:
         """What MLFS learned: {A_s, B_s}, the head, the permutation; a few MB a task (Sec. 3)."""
         state = {name: p.detach() for name, p in self.named_parameters()
-                 if re.search(r"\.[AB]\.\d+$", name) or name.split(".")[0] in self.head}
+                 if p.requires_grad or re.search(r"\.[AB]\.\d+$", name)}
         return state | {f"order.{key}": index for key, index in self.order.items()}
 
     def load_trained_state(self, state: dict[str, Tensor]) -> None:
@@ -259,9 +324,11 @@ class SuperTransformer(nn.Module):
                                  f"permutation of its {len(whole)}")
         if order:
             self.permute(order)
-        first = f"layers.0.{self.adapted[0]}.A."
-        for s in range(sum(name.startswith(first) for name in state)):
-            self.add_stage(state[first + str(s)].size(1))
+        first = f"layers.0.{self.adapted[0]}."
+        if first + "weight" in state:
+            self.add_stage(None)
+        for s in range(sum(name.startswith(first + "A.") for name in state)):
+            self.add_stage(state[f"{first}A.{s}"].size(1))
         own = self.trained_state()
         for name in sorted({*own, *state}):
             if name not in state or name not in own or own[name].shape != state[name].shape:
@@ -271,7 +338,7 @@ class SuperTransformer(nn.Module):
 
     @torch.no_grad()
     def initialise(self, seed: int = 0, names: tuple[str, ...] = ("",)) -> "SuperTransformer":
-        """BERT's start for parameters whose name starts so: N(0, 0.02²), biases 0, norms 1."""
+        """The usual start for parameters whose name starts so: N(0, 0.02²), biases 0, norms 1."""
         generator = torch.Generator().manual_seed(seed)
         for name, p in self.named_parameters():
             if name.startswith(names):
@@ -280,6 +347,11 @@ class SuperTransformer(nn.Module):
                 else:
                     p.fill_(1.0 if name.endswith("norm.weight") else 0.0)
         return self
+
+
+def blocks(index: Tensor, size: int) -> Tensor:
+    """Rows of whole blocks: (2, 0) of size 3 is 6 7 8 0 1 2."""
+    return (index[:, None] * size + torch.arange(size, device=index.device)).flatten()
 
 
 # ---------------------------------------------------------------------------------------- BERT
@@ -314,6 +386,9 @@ class Bert(SuperTransformer):
     No dropout: teacher and subnets are compared on one and the same function.
     """
     head = ("pooler", "classifier")
+    model_type, architecture = "bert", "BertForSequenceClassification"
+    defaults = {"type_vocab_size": 2, "layer_norm_eps": 1e-12, "hidden_act": "gelu"}
+    required = {"position_embedding_type": "absolute"}
     ignored = re.compile(r"cls\.(predictions|seq_relationship)\..*|embeddings\.position_ids")
     tensor_names = {
         "word_embeddings": "embeddings.word_embeddings",
@@ -344,42 +419,291 @@ class Bert(SuperTransformer):
         self.classifier = ElasticLinear(H, c["num_labels"], trainable=True)
 
     def encode(self, ids: Tensor, mask: Tensor | None, phi: SubnetConfig,
-               segments: Tensor | None) -> tuple[Tensor, dict[int, Tensor]]:
-        """The last hidden state (B, T, H), and h_Φ: the state after each layer, by maxnet layer."""
+               segments: Tensor | None = None) -> tuple[Tensor, dict[int, Tensor]]:
+        """The first token's last state (B, H), and h_Φ: the states (B, T, H) after each layer."""
         H, positions = phi.hidden_size, torch.arange(ids.size(1), device=ids.device)
         segments = torch.zeros_like(ids) if segments is None else segments
         x = self.embedding_norm(
             self.word_embeddings(ids, H) + self.position_embeddings(positions, H)
             + self.token_type_embeddings(segments, H))
-        bias, features = None, {}
-        if mask is not None:                                         # lowest where padded, else 0
-            bias = torch.zeros(mask.shape, dtype=x.dtype, device=x.device)
-            bias = bias.masked_fill(mask == 0, torch.finfo(x.dtype).min)[:, None, None]
+        bias = None if mask is None else hide(mask == 0, x.dtype)[:, None, None]     # (B, 1, 1, T)
+        features = {}
         for l in phi.layers:                                         # g_j(1), g_j(2), ...
-            x = features[l] = self.layers[l](x, bias, phi)
-        return x, features
+            x = features[l] = self.run(l, x, bias, phi)
+        return x[:, 0], features
 
-    def forward(self, ids: Tensor, mask: Tensor | None = None, phi: SubnetConfig | None = None,
-                segments: Tensor | None = None) -> tuple[Tensor, dict[int, Tensor]]:
-        """z (B, C) in float32, and h_Φ; ids, segments, mask (B, T), mask 1 for a real token."""
-        phi = phi or self.maxnet
-        x, features = self.encode(ids, mask, phi, segments)
-        first = x[:, 0].to(self.pooler.weight.dtype)                 # the head stays in float32
-        pooled = torch.tanh(self.pooler(first, phi.hidden_size))     # (B, H)
-        return self.classifier(pooled, self.config["num_labels"]).float(), features
+    def logits(self, s: Tensor) -> Tensor:                           # (B, H) -> (B, C)
+        s = s.to(self.pooler.weight.dtype)                           # the head stays in float32
+        pooled = torch.tanh(self.pooler(s, s.size(-1)))              # (B, H)
+        return self.classifier(pooled, self.config["num_labels"]).float()
+
+    def readout(self) -> list[Tensor]:
+        """The weights that `logits` reads; the last has a row a class."""
+        return [self.pooler.weight, self.pooler.bias, self.classifier.bias, self.classifier.weight]
+
+    @classmethod
+    def read(cls, name: str, tensor: Tensor, config: dict) -> dict[str, Tensor]:
+        """A stored tensor under its one name: without "bert.", LayerNorm.weight, not gamma."""
+        name = name.removeprefix("bert.").replace("LayerNorm.gamma", "LayerNorm.weight")
+        name = name.replace("LayerNorm.beta", "LayerNorm.bias")
+        return {} if cls.ignored.fullmatch(name) else {name: tensor}
 
     @staticmethod
-    def canonical(name: str) -> str:
-        """One name for a tensor: with or without "bert.", LayerNorm.gamma/beta or weight/bias."""
-        name = name.removeprefix("bert.").replace("LayerNorm.gamma", "LayerNorm.weight")
-        return name.replace("LayerNorm.beta", "LayerNorm.bias")
+    def write(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The inverse of `read`."""
+        return {n if n.startswith("classifier.") else "bert." + n: t for n, t in tensors.items()}
+
+
+# ------------------------------------------------------------------------------------ decoders
+
+class Cache:
+    """Keys and values of the tokens so far, by maxnet layer: generation reads each token once."""
+
+    def __init__(self, size: int):
+        self.size, self.length, self.parts = size, 0, {}
+
+    def extend(self, l: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Appends (B, K, T, D), returns all there is (B, K, S, D). `encode` counts the length."""
+        S = self.length + k.size(2)
+        if l not in self.parts:
+            self.parts[l] = [x.new_empty(*x.shape[:2], self.size, x.size(3)) for x in (k, v)]
+        for part, new in zip(self.parts[l], (k, v)):
+            part[:, :, self.length:S] = new
+        return tuple(part[:, :, :S] for part in self.parts[l])
+
+
+class DecoderLayer(nn.Module):
+    """Pre-LN: normalisation before attention and FFN; groups of heads share a key/value head."""
+
+    def __init__(self, l: int, c: dict, norm: type, bias: bool):
+        super().__init__()
+        H, D, I = c["hidden_size"], c["head_dim"], c["intermediate_size"]
+        N, K = c["num_attention_heads"], c["num_key_value_heads"]
+        self.attention_norm, self.ffn_norm = norm(H, c["layer_norm_eps"]), norm(H, c["layer_norm_eps"])
+        self.query = ElasticLinear(H, N * D, bias)
+        self.key, self.value = ElasticLinear(H, K * D, bias), ElasticLinear(H, K * D, bias)
+        self.attention_output = ElasticLinear(N * D, H, bias)
+        self.intermediate = ElasticLinear(H, I, bias)
+        self.output = ElasticLinear(I, H, bias)
+        self.number, self.head_dim, self.activation = l, D, ACTIVATIONS[c["hidden_act"]]
+        self.share = K / N
+
+    def forward(self, x: Tensor, bias: Tensor | None, phi: SubnetConfig,
+                rotation: tuple[Tensor, Tensor] | None, cache: Cache | None) -> Tensor:
+        N, D = phi.num_attention_heads, self.head_dim
+        K, a = max(1, round(N * self.share)), self.attention_norm(x)             # x is (B, T, H)
+        q, k, v = (linear(a, n * D).unflatten(-1, (n, D)).transpose(1, 2) for linear, n in
+                   ((self.query, N), (self.key, K), (self.value, K)))            # (B, n, T, D)
+        q, k = self.rotate(q, rotation), self.rotate(k, rotation)
+        if cache is not None:
+            k, v = cache.extend(self.number, k, v)                               # (B, K, S, D)
+        context = attention(q, k, v, bias).transpose(1, 2).flatten(2)            # (B, T, N·D)
+        x = x + self.attention_output(context, phi.hidden_size)
+        inner = self.inner(self.ffn_norm(x), phi.intermediate_size)              # (B, T, F)
+        return x + self.output(inner, phi.hidden_size)
+
+
+class Decoder(SuperTransformer):
+    """A causal language model. The logits are those of the next token; no head but W is trained."""
+
+    def __init__(self, config: dict, norm: type):
+        super().__init__(config)
+        c, tied = config, config["tie_word_embeddings"]
+        self.word_embeddings = ElasticEmbedding(c["vocab_size"], c["hidden_size"])
+        self.final_norm = norm(c["hidden_size"], c["layer_norm_eps"])
+        self.lm_head = None if tied else ElasticEmbedding(c["vocab_size"], c["hidden_size"])
+
+    @property
+    def head_group(self) -> int:
+        """Heads that share a key/value head stay together; a single one (multi-query) stays whole."""
+        K = self.config["num_key_value_heads"]
+        return self.config["num_attention_heads"] // K if K > 1 else 1
+
+    def subnet_config(self, phi: SubnetConfig) -> dict:
+        N, K = self.config["num_attention_heads"], self.config["num_key_value_heads"]
+        if phi.num_attention_heads % self.head_group:
+            raise ValueError(f"{phi.name} has {phi.num_attention_heads} heads; this model's come in "
+                             f"groups of {self.head_group} that share a key")
+        kept = max(1, phi.num_attention_heads * K // N)
+        return super().subnet_config(phi) | {"num_key_value_heads": kept}
+
+    def encode(self, ids: Tensor, mask: Tensor | None, phi: SubnetConfig,
+               cache: Cache | None = None) -> tuple[Tensor, dict[int, Tensor]]:
+        """Each token's last state (B, T, H), and h_Φ: the states after each layer, normalised.
+
+        With a cache, ids continue the tokens in it, mask covers both, and h_Φ is empty. Pad on
+        either side. The residual stream of a pre-LN model grows without bound (ours): its root mean
+        square is set to 1 in h_Φ, as the norms inside a post-LN BERT do, for ℓ_FD to compare.
+        """
+        start = cache.length if cache else 0
+        T, S = ids.size(1), start + ids.size(1)
+        if S > self.config["max_position_embeddings"]:
+            raise ValueError(f"{S} tokens exceed the model's "
+                             f"{self.config['max_position_embeddings']} positions")
+        positions = torch.arange(start, S, device=ids.device)[None]                  # (1, T)
+        hidden = positions.mT < torch.arange(S, device=ids.device)                   # (T, S)
+        if mask is not None:
+            positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, start:]                # (B, T)
+            hidden = hidden | (mask == 0)[:, None, None]                             # (B, 1, T, S)
+        x, rotation = self.embed(ids, positions, phi.hidden_size)
+        bias = hide(hidden, x.dtype).view(-1, 1, T, S) if T > 1 or mask is not None else None
+        features = {}
+        for l in phi.layers:                                         # g_j(1), g_j(2), ...
+            x = self.run(l, x, bias, phi, rotation, cache)
+            if cache is None:
+                features[l] = F.rms_norm(x, x.shape[-1:], eps=1e-6)
+            else:
+                cache.length = S if l == phi.layers[-1] else start
+        return self.final_norm(x), features
+
+    def logits(self, s: Tensor) -> Tensor:                           # (..., H) -> (..., V)
+        return F.linear(s, self.readout()[0][:, :s.size(-1)]).float()
+
+    def readout(self) -> list[Tensor]:
+        """The weights that `logits` reads: a row a token, the embedding's own where they are tied."""
+        return [(self.lm_head or self.word_embeddings).weight]
+
+
+class GPTLayer(DecoderLayer):
+    """FFN(x) = gelu(x W_1) W_2, biases everywhere, no rotation."""
+
+    def __init__(self, l: int, c: dict):
+        super().__init__(l, c, ElasticLayerNorm, bias=True)
+
+    def rotate(self, x: Tensor, rotation: None) -> Tensor:
+        return x
+
+    def inner(self, x: Tensor, intermediate_size: int) -> Tensor:
+        return self.activation(self.intermediate(x, intermediate_size))
+
+
+class GPT(Decoder):
+    """SantaCoder: learned positions, one key/value head for all heads (multi-query attention)."""
+    model_type, architecture = "gpt_bigcode", "GPTBigCodeForCausalLM"
+    config_names = {
+        "hidden_size": "n_embd", "num_attention_heads": "n_head", "num_hidden_layers": "n_layer",
+        "intermediate_size": "n_inner", "max_position_embeddings": "n_positions",
+        "layer_norm_eps": "layer_norm_epsilon", "hidden_act": "activation_function",
+    }
+    defaults = {"layer_norm_eps": 1e-5, "hidden_act": "gelu_pytorch_tanh", "intermediate_size": None,
+                "tie_word_embeddings": True, "num_key_value_heads": 1}
+    required = {"multi_query": True, "attention_head_type": "multiquery", "scale_attn_weights": True,
+                "scale_attn_by_inverse_layer_idx": False, "tie_word_embeddings": True}
+    tensor_names = {
+        "word_embeddings": "wte", "position_embeddings": "wpe", "final_norm": "ln_f",
+        "layers.{}.attention_norm": "h.{}.ln_1",
+        "layers.{}.query": "h.{}.attn.query",
+        "layers.{}.key": "h.{}.attn.key",
+        "layers.{}.value": "h.{}.attn.value",
+        "layers.{}.attention_output": "h.{}.attn.c_proj",
+        "layers.{}.ffn_norm": "h.{}.ln_2",
+        "layers.{}.intermediate": "h.{}.mlp.c_fc",
+        "layers.{}.output": "h.{}.mlp.c_proj",
+    }
+
+    def __init__(self, config: dict):
+        super().__init__(config, ElasticLayerNorm)
+        c = config
+        self.position_embeddings = ElasticEmbedding(c["max_position_embeddings"], c["hidden_size"])
+        self.layers = nn.ModuleList(GPTLayer(l, c) for l in range(c["num_hidden_layers"]))
+
+    def embed(self, ids: Tensor, positions: Tensor, H: int) -> tuple[Tensor, None]:
+        return self.word_embeddings(ids, H) + self.position_embeddings(positions, H), None
+
+    @classmethod
+    def read(cls, name: str, tensor: Tensor, config: dict) -> dict[str, Tensor]:
+        """A stored tensor as ours: Conv1D transposed, fused query, key and value taken apart."""
+        name = name.removeprefix("transformer.")
+        if re.fullmatch(r"h\.\d+\.attn\.(masked_)?bias", name):        # buffers: the causal mask
+            return {}
+        if config["model_type"] == "gpt2" and re.fullmatch(r"h\..*(attn|c_proj|c_fc)\.weight", name):
+            tensor = tensor.T                                            # Conv1D keeps (in, out)
+        for fused, parts in {"c_attn": ("query", "key", "value"), "kv_attn": ("key", "value"),
+                             "q_attn": ("query",)}.items():
+            if f".attn.{fused}." in name:
+                D, N = config["head_dim"], config["num_attention_heads"]
+                rows = [N * D if part == "query" else D for part in parts]
+                if len(tensor) != sum(rows):
+                    raise ValueError(f"tensor {name!r} has {len(tensor)} rows; config.json asks for "
+                                     f"{sum(rows)}")
+                return {name.replace(fused, part): t for part, t in zip(parts, tensor.split(rows))}
+        return {name: tensor}
+
+    @staticmethod
+    def write(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The inverse of `read`, in the gpt_bigcode layout."""
+        stored = {}
+        for name, t in tensors.items():
+            fused = "transformer." + re.sub(r"attn\.(query|key|value)", "attn.c_attn", name)
+            stored[fused] = torch.cat((stored[fused], t)) if fused in stored else t
+        return stored
+
+
+class LlamaLayer(DecoderLayer):
+    """SwiGLU: FFN(x) = (silu(x W_gate) ⊙ x W_up) W_down; no biases; rotary positions."""
+
+    def __init__(self, l: int, c: dict):
+        super().__init__(l, c, ElasticRMSNorm, bias=False)
+        self.gate = ElasticLinear(c["hidden_size"], c["intermediate_size"], bias=False)
+
+    def rotate(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:      # (B, n, T, D)
+        """Turns the plane of dimensions i and i + D/2 by the angle position · base^(-2i/D)."""
+        cos, sin = rotation                                  # the first half of sin is negative
+        left, right = x.chunk(2, dim=-1)
+        return torch.addcmul(x * cos, torch.cat((right, left), dim=-1), sin)
+
+    def inner(self, x: Tensor, intermediate_size: int) -> Tensor:
+        gate, up = self.gate(x, intermediate_size), self.intermediate(x, intermediate_size)
+        return self.activation(gate) * up
+
+
+class Llama(Decoder):
+    """CodeLlama, SmolLM2: RMSNorm, rotary positions, SwiGLU, grouped key/value heads."""
+    adapted = ("query", "key", "value", "gate", "intermediate")
+    model_type, architecture = "llama", "LlamaForCausalLM"
+    config_names = {"layer_norm_eps": "rms_norm_eps"}
+    defaults = {"layer_norm_eps": 1e-6, "hidden_act": "silu", "tie_word_embeddings": False}
+    required = {"attention_bias": False, "mlp_bias": False}
+    tensor_names = {
+        "word_embeddings": "model.embed_tokens", "final_norm": "model.norm", "lm_head": "lm_head",
+        "layers.{}.attention_norm": "model.layers.{}.input_layernorm",
+        "layers.{}.query": "model.layers.{}.self_attn.q_proj",
+        "layers.{}.key": "model.layers.{}.self_attn.k_proj",
+        "layers.{}.value": "model.layers.{}.self_attn.v_proj",
+        "layers.{}.attention_output": "model.layers.{}.self_attn.o_proj",
+        "layers.{}.ffn_norm": "model.layers.{}.post_attention_layernorm",
+        "layers.{}.gate": "model.layers.{}.mlp.gate_proj",
+        "layers.{}.intermediate": "model.layers.{}.mlp.up_proj",
+        "layers.{}.output": "model.layers.{}.mlp.down_proj",
+    }
+
+    def __init__(self, config: dict):
+        super().__init__(config, ElasticRMSNorm)
+        self.layers = nn.ModuleList(LlamaLayer(l, config) for l in range(config["num_hidden_layers"]))
+
+    def embed(self, ids: Tensor, positions: Tensor,
+              H: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """The embeddings, and cos and sin (B, 1, T, D) of the rotary angles, taken in float32."""
+        x, D = self.word_embeddings(ids, H), self.config["head_dim"]
+        rates = self.config["rope_theta"] ** -(torch.arange(0, D, 2, device=ids.device) / D)
+        angles = positions[:, None, :, None] * rates                                 # (B, 1, T, D/2)
+        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+        return x, (torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1))
+
+    @classmethod
+    def read(cls, name: str, tensor: Tensor, config: dict) -> dict[str, Tensor]:
+        return {} if name.endswith("rotary_emb.inv_freq") else {name: tensor}        # old buffers
+
+    @staticmethod
+    def write(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return tensors
 
 
 # ------------------------------------------------------------------------- loading and saving
 
-FAMILIES = {"bert": Bert}
+FAMILIES = {"bert": Bert, "gpt_bigcode": GPT, "gpt2": GPT, "llama": Llama}
 SIZES = ("vocab_size", "hidden_size", "num_attention_heads", "intermediate_size",
-         "num_hidden_layers", "max_position_embeddings", "type_vocab_size")
+         "num_hidden_layers", "max_position_embeddings", "head_dim")
 
 
 def read_json(path: Path) -> dict:
@@ -396,44 +720,84 @@ def read_json(path: Path) -> dict:
 
 
 def read_config(folder: Path) -> dict:
-    """config.json with defaults filled in; ValueError names a field that this code cannot serve."""
+    """config.json in our words, with defaults filled in.
+
+    ValueError names a field that this code cannot serve.
+    """
     path = folder / "config.json"
     given = read_json(path)
-    config = {"type_vocab_size": 2, "layer_norm_eps": 1e-12, "hidden_act": "gelu"} | given
-    for key in SIZES:
+    if given.get("model_type") not in FAMILIES:
+        raise ValueError(f"{path}: model_type {given.get('model_type')!r} is not supported; choose "
+                         f"from {', '.join(FAMILIES)}")
+    family = FAMILIES[given["model_type"]]
+    config = family.defaults | given
+    config |= {ours: config.pop(theirs) for ours, theirs in family.config_names.items()
+               if theirs in given}
+    if family is GPT:                                # null, or absent, means four times the width
+        config["intermediate_size"] = config["intermediate_size"] or 4 * config.get("hidden_size", 0)
+        if given["model_type"] == "gpt2":            # which has one key a head unless it says so
+            config.setdefault("attention_head_type", "multihead")
+    heads, hidden = config.get("num_attention_heads"), config.get("hidden_size")
+    if "head_dim" not in config and type(heads) is type(hidden) is int and heads > 0:
+        if hidden % heads:
+            raise ValueError(f"{path}: hidden_size {hidden} is not a multiple of "
+                             f"num_attention_heads {heads}, and there is no head_dim")
+        config["head_dim"] = hidden // heads
+    config.setdefault("num_key_value_heads", heads)
+    if family is Llama:
+        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind != "default":
+            raise ValueError(f"{path}: rotary scaling {kind!r} is not supported")
+        config["rope_theta"] = float(rope.get("rope_theta", config.get("rope_theta", 1e4)))
+    sizes = (*SIZES, "num_key_value_heads", *(["type_vocab_size"] if family is Bert else []))
+    for key in sizes:
         if type(config.get(key)) is not int or config[key] < 1:
-            raise ValueError(f"{path}: {key} must be a positive whole number, not "
+            name = family.config_names.get(key, key)
+            raise ValueError(f"{path}: {name} must be a positive whole number, not "
                              f"{config.get(key)!r}")
-    heads, hidden = config["num_attention_heads"], config["hidden_size"]
-    if "head_dim" not in config and hidden % heads:
-        raise ValueError(f"{path}: hidden_size {hidden} is not a multiple of num_attention_heads "
-                         f"{heads}, and there is no head_dim")
-    config.setdefault("head_dim", hidden // heads)
-    for key, kind in (("head_dim", int), ("layer_norm_eps", float)):
-        if type(config[key]) is not kind or not config[key] > 0:
-            raise ValueError(f"{path}: {key} must be a positive number, not {config[key]!r}")
-    for key, known in (("model_type", FAMILIES), ("hidden_act", ACTIVATIONS),
-                       ("position_embedding_type", ["absolute"])):
-        if config.get(key, "absolute") not in list(known):
-            raise ValueError(f"{path}: {key} {config.get(key)!r} is not supported; choose from "
-                             f"{', '.join(known)}")
+    if heads % config["num_key_value_heads"]:
+        raise ValueError(f"{path}: num_attention_heads {heads} is not a multiple of "
+                         f"num_key_value_heads {config['num_key_value_heads']}")
+    if type(config["layer_norm_eps"]) is not float or not config["layer_norm_eps"] > 0:
+        name = family.config_names.get("layer_norm_eps", "layer_norm_eps")
+        raise ValueError(f"{path}: {name} must be a positive number, not "
+                         f"{config['layer_norm_eps']!r}")
+    choices = {"hidden_act": list(ACTIVATIONS)} | {k: [v] for k, v in family.required.items()}
+    for key, known in choices.items():
+        if config.get(key, known[0]) not in known:
+            raise ValueError(f"{path}: {family.config_names.get(key, key)} {config[key]!r} is not "
+                             f"supported; choose from {', '.join(map(str, known))}")
     return config
 
 
-def read_checkpoint(folder: Path) -> dict[str, Tensor]:
-    """All tensors of model.safetensors, memory-mapped: none is read before it is used."""
-    path = folder / "model.safetensors"
-    if not path.exists():
-        pickles = sorted(p.name for p in (*folder.glob("*.bin"), *folder.glob("*.pt*")))
-        if pickles:
-            raise ValueError(f"{folder} holds only a pickle ({pickles[0]}), which can run code "
-                             f"when read; weights/README.md tells how to convert it to safetensors")
-        raise FileNotFoundError(f"there is no {path}; weights/README.md tells how to get one")
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is damaged or cut short: {error}") from None
+def checkpoint_files(folder: str | Path) -> list[Path]:
+    """model.safetensors, or the shards that model.safetensors.index.json names."""
+    whole, index = Path(folder) / "model.safetensors", Path(folder) / "model.safetensors.index.json"
+    if whole.exists():
+        return [whole]
+    if index.exists():
+        places = read_json(index).get("weight_map")
+        names = set(places.values()) if isinstance(places, dict) else {None}
+        if not all(isinstance(n, str) and n.endswith(".safetensors") and "/" not in n for n in names):
+            raise ValueError(f"{index}: weight_map must map tensors to .safetensors files beside it")
+        return [whole.with_name(name) for name in sorted(names)]
+    pickles = sorted(p.name for pattern in ("*.bin", "*.pt*") for p in Path(folder).glob(pattern))
+    if pickles:
+        raise ValueError(f"{folder} holds only a pickle ({pickles[0]}), which can run code when "
+                         f"read; weights/README.md tells how to convert it to safetensors")
+    raise FileNotFoundError(f"there is no {whole}; weights/README.md tells how to get one")
+
+
+def read_checkpoint(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """All tensors of a checkpoint, memory-mapped: none is read before it is used."""
+    for path in checkpoint_files(folder):
+        try:
+            with safe_open(path, framework="pt") as file:
+                yield from [(name, file.get_tensor(name)) for name in file.keys()]
+        except (SafetensorError, OSError) as error:
+            missing = "" if path.exists() else "; its index names it, and it is not there"
+            raise ValueError(f"{path} is damaged or cut short: {error}{missing}") from None
 
 
 def load_pretrained(folder: str | Path, num_labels: int | None = None,
@@ -448,19 +812,23 @@ def load_pretrained(folder: str | Path, num_labels: int | None = None,
     folder, found = Path(folder), {}
     config = read_config(folder)
     family = FAMILIES[config["model_type"]]
-    for name, tensor in read_checkpoint(folder).items():
-        key = family.canonical(name)
-        if key in found:
-            raise ValueError(f"{folder}: tensor {key!r} is there twice, under two spellings")
-        if not family.ignored.fullmatch(key):
-            found[key] = tensor
-    classes = len(found.get("classifier.weight", ()))
-    fresh = not classes or num_labels not in (None, classes)
-    if fresh:
-        found = {key: t for key, t in found.items() if not key.startswith("classifier.")}
-    config["num_labels"] = num_labels or classes or 2
+    for name, tensor in read_checkpoint(folder):
+        for key, part in family.read(name, tensor, config).items():
+            if key in found:
+                raise ValueError(f"{folder}: tensor {key!r} is there twice, under two spellings")
+            found[key] = part
+    classes, fresh = len(found.get("classifier.weight", ())), False
+    if family is Bert:
+        fresh = not classes or num_labels not in (None, classes)
+        found = {k: t for k, t in found.items() if not (fresh and k.startswith("classifier."))}
+        config["num_labels"] = num_labels or classes or 2
     with torch.device("meta"):
         model = family(config)
+    if getattr(model, "lm_head", 0) is None and "lm_head.weight" in found:       # a tied copy
+        if not torch.equal(found.pop("lm_head.weight"),
+                           found.get(checkpoint_name(family, "word_embeddings.weight"))):
+            raise ValueError(f"{folder}: tensor 'lm_head.weight' differs from the embedding, though "
+                             f"config.json ties them (tie_word_embeddings)")
     state = {}
     for name, p in model.named_parameters():
         key = checkpoint_name(family, name)
@@ -518,13 +886,15 @@ def save_pretrained(model: SuperTransformer, folder: str | Path) -> None:
         if path.exists():
             raise FileExistsError(f"{path} exists already; choose another folder, or delete it")
     folder.mkdir(parents=True, exist_ok=True)
-    for name, p in model.named_parameters():
-        key = checkpoint_name(type(model), name)
-        state[key if key.startswith("classifier.") else "bert." + key] = p.detach().contiguous()
+    tensors = {checkpoint_name(type(model), name): p.detach().contiguous()
+               for name, p in model.named_parameters()}
     with replacing(folder / "model.safetensors") as path:
-        save_file(state, path, {"format": "pt"})
-    labels = {f"LABEL_{i}": i for i in range(model.config["num_labels"])}
-    config = model.config | {"architectures": ["BertForSequenceClassification"], "label2id": labels,
-                             "id2label": {str(i): label for label, i in labels.items()}}
+        save_file(model.write(tensors), path, {"format": "pt"})
+    config = model.config | {"model_type": model.model_type,
+                             "architectures": [model.architecture]}
+    if "num_labels" in config:
+        labels = {f"LABEL_{i}": i for i in range(config["num_labels"])}
+        config |= {"label2id": labels, "id2label": {str(i): label for label, i in labels.items()}}
+    config = {model.config_names.get(key, key): value for key, value in config.items()}
     with replacing(folder / "config.json") as path:
         path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -6,7 +6,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from model import Bert, SubnetConfig  # noqa: E402
+from model import GPT, Bert, Llama, SubnetConfig, SuperTransformer  # noqa: E402
 
 torch.set_num_threads(1)  # tiny models; more threads only wait for each other
 
@@ -32,14 +32,56 @@ def tiny_bert(seed: int = 0, **changes) -> Bert:
         "hidden_act": "gelu",
         "num_labels": 3,
     } | changes
-    model, generator = Bert(config), torch.Generator().manual_seed(seed)
+    return randomise(Bert(config), seed)
+
+
+DECODER = {
+    "vocab_size": 50,
+    "hidden_size": 16,
+    "num_attention_heads": 4,
+    "head_dim": 4,
+    "intermediate_size": 24,
+    "num_hidden_layers": 4,
+    "max_position_embeddings": 32,
+    "layer_norm_eps": 1e-5,
+}
+
+
+def tiny_gpt(seed: int = 0, **changes) -> GPT:
+    """SantaCoder's kind: one key/value head for four heads, learned positions, tied output."""
+    config = DECODER | {
+        "model_type": "gpt_bigcode",
+        "num_key_value_heads": 1,
+        "hidden_act": "gelu_pytorch_tanh",
+        "tie_word_embeddings": True,
+    }
+    return randomise(GPT(config | changes), seed)
+
+
+def tiny_llama(seed: int = 0, **changes) -> Llama:
+    """CodeLlama's kind: two key/value heads for four heads, rotary positions, an output of its own."""
+    config = DECODER | {
+        "model_type": "llama",
+        "num_key_value_heads": 2,
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+        "rope_theta": 1e4,
+    }
+    return randomise(Llama(config | changes), seed)
+
+
+FAMILIES = {"bert": tiny_bert, "gpt": tiny_gpt, "llama": tiny_llama}
+
+
+def randomise(model: SuperTransformer, seed: int) -> SuperTransformer:
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():
             p.copy_(torch.randn(p.shape, generator=generator) * 0.3)
     return model
 
 
-def randomise_adapters(model: Bert, seed: int = 0) -> Bert:
+def randomise_adapters(model: SuperTransformer, seed: int = 0) -> SuperTransformer:
     """Give every B_s a value, as training would: a fresh B is zero and would hide mistakes."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -60,9 +102,9 @@ def batch(seed: int = 0, size: int = 5, length: int = 9) -> dict[str, torch.Tens
     return {"ids": ids, "mask": mask, "segments": segments}
 
 
-def random_phi(seed: int) -> SubnetConfig:
-    """Any Φ of `tiny_bert`: width, depth and hidden size all vary."""
+def random_phi(seed: int, group: int = 1) -> SubnetConfig:
+    """Any Φ of the tiny models: width, depth and hidden size all vary; heads in whole groups."""
     draw = lambda low, high: int(torch.randint(low, high + 1, (), generator=generator))
     generator = torch.Generator().manual_seed(seed)
     layers = tuple(sorted(torch.randperm(4, generator=generator)[: draw(1, 4)].tolist()))
-    return SubnetConfig(draw(4, 16), draw(1, 4), draw(1, 24), layers)
+    return SubnetConfig(draw(4, 16), draw(1, 4 // group) * group, draw(1, 24), layers)

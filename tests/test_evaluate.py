@@ -73,7 +73,17 @@ def test_within_one_standard_error_the_smaller_subnet_is_shipped():
             ("small", 1, 0.89),
         )
     ]
-    assert [row["name"] for row in evaluate.worth_shipping(rows)] == ["small", "middle", "large"]
+    assert [row["name"] for row in evaluate.worth_shipping(rows, "accuracy")] == [
+        "small",
+        "middle",
+        "large",
+    ]
+    losses = [row | {"score": 1 - row["score"]} for row in rows]  # a loss: lower is better
+    assert [row["name"] for row in evaluate.worth_shipping(losses, "loss")] == [
+        "small",
+        "middle",
+        "large",
+    ]
 
 
 # ---------------------------------------------------------- the commands, on a tiny toy of its own
@@ -337,5 +347,5 @@ def test_a_maxnet_that_falls_is_warned_of(tmp_path, monkeypatch, capsys):
     scores = iter((0.9, 0.9, 0.6, 0.6))  # stage 0 begins; stage 1 begins, ends; ...
     monkeypatch.setattr(mlfs.Run, "held_out_score", lambda self: next(scores, 0.6))
     assert mlfs.main(command) == 0
-    assert "the maxnet fell from 90.0 to 60.0" in capsys.readouterr().err
+    assert "the maxnet's accuracy went from 90.0 to 60.0" in capsys.readouterr().err
     assert json.loads((tmp_path / "run" / "run.json").read_text())["start_scores"][1] == 0.9

@@ -295,7 +295,7 @@ def test_importance_is_the_derivative_of_the_loss_by_a_gate(tiny):
     differences agree.
     """
     data_ = examples(16)
-    scores = m.importance(tiny, data_, HP)
+    scores = m.importance(tiny, data_, dataclasses.replace(HP, batch_size=16))
     ((x, y),) = data.batches(data_, 32)
 
     def loss_with_gate(linear, columns, gate):

@@ -57,9 +57,8 @@ def main(folder: Path) -> None:
         verdict = torch.rand(BATCH, 1) < (1.0 if step < STEPS // 3 else 0.5)      # it, or words
         some = torch.rand(ids.shape) < MASKED
         hidden = (ids >= special) & torch.where(verdict, segments.bool(), some)
-        x, _ = bert.encode(ids.masked_fill(hidden, mask_id), (ids != pad_id).long(), bert.maxnet,
-                           segments)
-        scores = x[hidden] @ bert.word_embeddings.weight.T          # the output is the embedding
+        _, h = bert(ids.masked_fill(hidden, mask_id), (ids != pad_id).long(), segments=segments)
+        scores = h[bert.maxnet.layers[-1]][hidden] @ bert.word_embeddings.weight.T          # the output is the embedding
         rate = min(1, (step + 1) / 200, (STEPS - step) / (STEPS * 0.7))
         optimizer.param_groups[0]["lr"] = LEARNING_RATE * rate
         optimizer.zero_grad()
