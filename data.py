@@ -1,13 +1,16 @@
-"""What MLFS learns from: the nine GLUE tasks, the built-in toy, tokenising, batches, downloads.
+"""What MLFS learns from: GLUE, Python code, the built-in toy; tokenising, batches, downloads.
 
 A task is a row of a table, not a class. Files are GLUE's own TSV: a tab separates, quotes mean
 nothing, a byte-order mark and Windows line ends are accepted, an empty sentence is an example like
 any other ([CLS] [SEP]).
 """
+import gzip
 import hashlib
+import json
 import os
 import random
 import socket
+import sysconfig
 import tempfile
 import zipfile
 import zlib
@@ -54,13 +57,19 @@ GLUE = {
     "rte": Task("RTE", "RTE.zip", DEV, PAIR, "label", ENTAILMENT, ACC),
     "wnli": Task("WNLI", "WNLI.zip", DEV, PAIR, "label", ("0", "1"), ACC),
 }
-TASKS = GLUE | {"toy": Task("", "", DEV, (), "", MOOD, ACC)}
+TASKS = GLUE | {"toy": Task("", "", DEV, (), "", MOOD, ACC),
+                "python": Task("", "", DEV, (), "", (), ("loss",))}      # the next token, in nats
+IGNORED = -100                                       # the label of a position without a next token
 
 
 class Rows(NamedTuple):
-    """A split as text: one or two sentences each; class numbers (int64) or scores (float32)."""
+    """A split as text: one or two sentences each; class numbers (int64) or scores (float32).
+
+    Code has one file each, no labels (the next token is the label), and what was left out.
+    """
     texts: list[tuple[str, ...]]
-    labels: np.ndarray
+    labels: np.ndarray | None
+    skipped: dict[str, int] = {}
 
 
 def load_glue(task: str, split: str, folder: str | Path) -> Rows:
@@ -118,8 +127,69 @@ def finite(text: str) -> float:
 def load_task(task: str, folder: str | Path, train: bool = True) -> dict[str, Rows]:
     """The labelled splits: train (if wanted), dev and, for MNLI, dev_mismatched."""
     names = ("train", "dev", "dev_mismatched")[not train:1 + len(TASKS[task].dev)]
-    toy = load_toy() if task == "toy" else {}
-    return {split: toy[split] if toy else load_glue(task, split, folder) for split in names}
+    if task in GLUE:
+        return {split: load_glue(task, split, folder) for split in names}
+    splits = load_toy() if task == "toy" else load_code(folder)
+    return {split: splits[split] for split in names}
+
+
+# --------------------------------------------------------------------------------- Python code
+
+def load_code(folder: str | Path) -> dict[str, Rows]:
+    """All Python of a folder, split by file: 1 in 20, drawn with a fixed seed, is for validation.
+
+    Reads *.py, and *.jsonl or *.jsonl.gz with a "content" field (the layout of the-stack), in all
+    sub-folders but site-packages. Text that is not UTF-8, is empty or looks generated is skipped
+    and counted. Raises FileNotFoundError or ValueError if fewer than two files remain.
+    """
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(f"there is no folder {folder} to read Python code from")
+    texts, skipped = [], {"not UTF-8": 0, "empty": 0, "generated": 0}
+    for path in sorted(Path(folder).rglob("*")):
+        if "site-packages" in path.relative_to(folder).parts or not path.is_file():
+            continue
+        for content in sources(path):
+            text = content.decode("utf-8", errors="ignore")
+            reason = why_not(text) if text.encode() == content else "not UTF-8"
+            if reason:
+                skipped[reason] += 1
+            else:
+                texts.append((text,))
+    if len(texts) < 2:
+        raise ValueError(f"{folder} has {len(texts)} usable Python files; at least 2 are needed, one "
+                         f"to train on and one to validate on (skipped: {skipped})")
+    random.Random(0).shuffle(texts)
+    dev = max(1, len(texts) // 20)
+    return {"train": Rows(texts[dev:], None, skipped), "dev": Rows(texts[:dev], None)}
+
+
+def sources(path: Path) -> Iterator[bytes]:
+    """The file itself, or the "content" of each line; ValueError names file and line."""
+    if path.suffix == ".py":
+        yield path.read_bytes()
+    elif path.name.endswith((".jsonl", ".jsonl.gz")):
+        number = 0
+        try:
+            with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+                for number, line in enumerate(file, 1):
+                    content = json.loads(line)["content"] if line.strip() else ""
+                    if not isinstance(content, str):
+                        raise ValueError("\"content\" is no text")
+                    yield content.encode("utf-8", errors="surrogatepass")    # JSON may hold halves
+        except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}, after line {max(0, number - 1)}: not JSON lines with a "
+                             f"\"content\" field ({error})") from None
+
+
+def why_not(text: str) -> str:
+    """Why a file is no good example; "" if it is. Long lines or a notice mean: made by a program."""
+    lines = text.splitlines()
+    if not text.strip():
+        return "empty"
+    top = " ".join(lines[:10]).lower()
+    notice = any(f"{a}{b}generated" in top for a in ("auto", "automatically") for b in " -")
+    long = max(map(len, lines)) > 1000 or len(text) / len(lines) > 100
+    return "generated" if long or notice or "do not edit" in top else ""
 
 
 # ----------------------------------------------------------------------------------- downloads
@@ -127,7 +197,9 @@ def load_task(task: str, folder: str | Path, train: bool = True) -> dict[str, Ro
 GLUE_URL = "https://dl.fbaipublicfiles.com/glue/data/"
 MRPC_URL = "https://dl.fbaipublicfiles.com/senteval/senteval_data/msr_paraphrase_train.txt"
 BERT_BASE = "google-bert/bert-base-uncased"
-MODEL_FILES = ["config.json", "model.safetensors", "tokenizer.json", "vocab.txt"]
+SANTACODER = "bigcode/gpt_bigcode-santacoder"
+MODEL_FILES = ["config.json", "model*.safetensors", "model.safetensors.index.json",
+               "tokenizer.json", "vocab.txt"]
 
 
 def download_glue(task: str, folder: Path) -> None:
@@ -187,7 +259,7 @@ def download_model(name: str, folder: Path) -> None:
         snapshot_download(name, local_dir=folder, allow_patterns=MODEL_FILES, etag_timeout=5)
     except Exception as error:                       # its HTTP errors are no OSErrors
         raise OSError((str(error) or type(error).__name__).splitlines()[0]) from None
-    if not (folder / "model.safetensors").exists():
+    if not any(folder.glob("model*.safetensors")):
         raise OSError(f"the download of {name} is not whole: it has no model.safetensors")
 
 
@@ -217,6 +289,15 @@ def find_inputs(task: str, model: Path | None,
     glue = data_dir or DOWNLOADS / "glue"
     if task == "toy":
         return task, model or toy, glue, ""
+    if task == "python":                             # by default, this Python's standard library
+        coder = model or DOWNLOADS / "santacoder"
+        if not (coder / "config.json").exists():
+            try:
+                download_model(SANTACODER, coder)
+            except OSError as error:
+                raise FileNotFoundError(f"SantaCoder is not in {coder} and could not be downloaded "
+                                        f"({error}); name a decoder with --model") from None
+        return task, coder, data_dir or Path(sysconfig.get_paths()["stdlib"]), ""
     row, missing, place, option = GLUE[task], "BERT-base", bert, "--model"
     try:
         if not model and not (bert / "model.safetensors").exists():
@@ -235,12 +316,15 @@ def find_inputs(task: str, model: Path | None,
     return task, model or bert, glue, ""
 
 
-def sha256(path: Path) -> str:
-    """A file's digest in hexadecimal; FileNotFoundError names the file."""
-    if not path.exists():
-        raise FileNotFoundError(f"there is no {path}")
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def sha256(paths: list[Path]) -> str:
+    """The digest, in hexadecimal, of files in a row; FileNotFoundError names one that is missing."""
+    digest = hashlib.sha256()
+    for path in paths:
+        if not path.exists():
+            raise FileNotFoundError(f"there is no {path}")
+        with open(path, "rb") as file:
+            hashlib.file_digest(file, lambda: digest)
+    return digest.hexdigest()
 
 
 # ----------------------------------------------------------------------------- the built-in toy
@@ -304,14 +388,15 @@ class Examples(NamedTuple):
     """A tokenised split.
     ids:       [CLS] is this jack ##son ##ville ? [SEP] no it is not . [SEP]
     segments:    0    0   0    0     0      0   0   0    1  1  1  1  1   1
+    Code has no segments, and no labels but its next tokens.
     """
     ids: list[np.ndarray]
-    segments: list[np.ndarray]
-    labels: np.ndarray
+    segments: list[np.ndarray] | None
+    labels: np.ndarray | None
 
     def take(self, rows: np.ndarray) -> "Examples":
-        ids, segments = ([part[i] for i in rows] for part in (self.ids, self.segments))
-        return Examples(ids, segments, self.labels[rows])
+        ids, segments = (part and [part[i] for i in rows] for part in (self.ids, self.segments))
+        return Examples(ids, segments, None if self.labels is None else self.labels[rows])
 
 
 def load_tokenizer(folder: str | Path, vocab_size: int | None = None) -> Tokenizer:
@@ -340,8 +425,18 @@ def load_tokenizer(folder: str | Path, vocab_size: int | None = None) -> Tokeniz
 
 
 def encode(tokenizer: Tokenizer, rows: Rows, max_length: int) -> Examples:
-    """Token and segment ids, at most `max_length`; the longer sentence of a pair is cut first."""
+    """Token and segment ids, at most `max_length`; the longer sentence of a pair is cut first.
+
+    Code: the files joined by the end-of-text token, cut into windows of `max_length`.
+    """
     tokenizer.no_padding()
+    if rows.labels is None:
+        tokenizer.no_truncation()
+        files, end = [text for text, in rows.texts], [end_of_text(tokenizer)]
+        encodings = tokenizer.encode_batch_fast(files, add_special_tokens=False)
+        stream = np.concatenate([np.array(e.ids + end, dtype=np.int32) for e in encodings])
+        windows = np.split(stream, range(max_length, len(stream), max_length))
+        return Examples([w for w in windows if len(w) > 1], None, None)
     tokenizer.enable_truncation(max_length, strategy="longest_first")
     ids, segments = [], []
     for start in range(0, len(rows.texts), 8192):    # a bounded number of bulky Encodings at a time
@@ -352,16 +447,38 @@ def encode(tokenizer: Tokenizer, rows: Rows, max_length: int) -> Examples:
     return Examples(ids, segments, rows.labels)
 
 
-def hold_out(examples: Examples, seed: int) -> tuple[Examples, Examples]:
-    """(train, held-out): 5% of TRAIN, at most 512 examples, to watch the maxnet by."""
-    rows = np.random.default_rng(seed).permutation(len(examples.labels))
+def end_of_text(tokenizer: Tokenizer) -> int:
+    """The token that ends a file; ValueError if the tokenizer has none of the usual ones."""
+    names = ("<|endoftext|>", "</s>")
+    for name in names:
+        if (token := tokenizer.token_to_id(name)) is not None:
+            return token
+    raise ValueError(f"the tokenizer has no end-of-text token ({' or '.join(names)})")
+
+
+def hold_out(examples: Examples, seed: int, most: int = 0) -> tuple[Examples, Examples]:
+    """(train, held-out): 5% of TRAIN, at most 512 examples, to watch the maxnet by.
+
+    At most `most` are trained on (0: all), drawn with the seed.
+    """
+    rows = np.random.default_rng(seed).permutation(len(examples.ids))
+    rows = rows[:most + most // 19] if most else rows
     size = min(512, len(rows) // 20)
-    return examples.take(np.sort(rows[size:])), examples.take(np.sort(rows[:size]))
+    train = rows[size:][:most or None]
+    return examples.take(np.sort(train)), examples.take(np.sort(rows[:size]))
+
+
+def draw(examples: Examples, most: int) -> Examples:
+    """At most so many examples (0: all), the same ones every time."""
+    rows = np.random.default_rng(0).permutation(len(examples.ids))[:most or None]
+    return examples.take(np.sort(rows)) if most else examples
 
 
 def batches(examples: Examples, batch_size: int, seed: int | tuple[int, ...] | None = None,
             device: str | torch.device = "cpu") -> Iterator[tuple[dict, torch.Tensor]]:
     """One epoch of ({"ids", "segments", "mask"} each (B, T), labels (B,)).
+
+    Code has no segments; its labels (B, T) are the next tokens, IGNORED where there is none.
 
     T is the longest of the batch; mask (1 where a token is real) is None when nothing is padded.
     seed None: by length. Else each example once, in an order that depends on the seed alone:
@@ -381,8 +498,13 @@ def batches(examples: Examples, batch_size: int, seed: int | tuple[int, ...] | N
         segments, mask = ids.copy(), ids.copy()
         for row, i in enumerate(group):
             ids[row, :lengths[i]], mask[row, :lengths[i]] = examples.ids[i], 1
-            segments[row, :lengths[i]] = examples.segments[i]
-        padded, labels = not mask.all(), examples.labels[group]
-        ids, segments, mask, labels = (torch.from_numpy(x).to(device)
-                                       for x in (ids, segments, mask, labels))
-        yield {"ids": ids, "segments": segments, "mask": mask if padded else None}, labels
+            if examples.segments:
+                segments[row, :lengths[i]] = examples.segments[i]
+        x = {"ids": ids, "mask": mask} | ({"segments": segments} if examples.segments else {})
+        if examples.labels is None:
+            y = np.full_like(ids, IGNORED)
+            y[:, :-1] = np.where(mask[:, 1:] == 1, ids[:, 1:], IGNORED)
+        else:
+            y = examples.labels[group]
+        x = {name: torch.from_numpy(part).to(device) for name, part in x.items()}
+        yield x | {"mask": None if mask.all() else x["mask"]}, torch.from_numpy(y).to(device)

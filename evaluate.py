@@ -1,22 +1,32 @@
-"""What a run of MLFS is worth: metrics, the palette (a row per subnet), and the run folder.
+"""What a run of MLFS is worth: metrics, the palette (a row per subnet), HumanEval, the run folder.
 
     python evaluate.py runs/sst2-minilm-l6           # the palette, again, from the stored adapters
+    python evaluate.py runs/python-santacoder --humaneval HumanEval.jsonl.gz --allow-code-execution
 """
 import argparse
+import gzip
 import json
 import math
+import os
+import subprocess
 import sys
+import tempfile
+import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Callable, Iterable
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from tqdm import tqdm
 
 import data
-from model import (ElasticLinear, SubnetConfig, SuperTransformer, load_pretrained, read_json,
-                   replacing)
+from model import (Cache, Decoder, ElasticLinear, SubnetConfig, SuperTransformer,
+                   checkpoint_files, load_pretrained, read_json, replacing)
 
 
 # ----------------------------------------------------------------- metrics, as pure functions
@@ -55,6 +65,16 @@ def spearman(predictions: np.ndarray, labels: np.ndarray) -> float:
 METRICS: dict[str, Callable] = {f.__name__: f for f in (accuracy, f1, matthews, pearson, spearman)}
 
 
+def show(metric: str, value: float) -> str:
+    """A loss in nats; all else in points, 0 to 100."""
+    return f"{value:.3f}" if metric == "loss" else f"{100 * value:.1f}"
+
+
+def gain(metric: str, old: float, new: float) -> float:
+    """How much better `new` is: a loss is better when it is lower."""
+    return old - new if metric == "loss" else new - old
+
+
 def standard_error(metric: str, predictions: np.ndarray, labels: np.ndarray) -> float:
     """√(p(1-p)/n) for accuracy; for the others the spread over 500 seeded bootstrap samples."""
     n = len(labels)
@@ -80,12 +100,28 @@ def predict(model: SuperTransformer, phi: SubnetConfig, examples: data.Examples,
     return torch.cat(outputs).cpu().numpy(), torch.cat(labels).cpu().numpy()
 
 
+@torch.no_grad()
+def next_token_losses(model: SuperTransformer, phi: SubnetConfig, examples: data.Examples,
+                      batch_size: int = 8) -> np.ndarray:
+    """Cross-entropy in nats per next token, mean over each window (M,)."""
+    device, means = next(model.parameters()).device, []
+    for x, y in data.batches(examples, batch_size, device=device):
+        s, _ = model.encode(**x, phi=phi)                                        # (B, T, H)
+        for states, targets in zip(s, y):                    # one window's logits (T, V) at a time
+            means.append(F.cross_entropy(model.logits(states), targets, ignore_index=data.IGNORED))
+    return torch.stack(means).cpu().numpy()
+
+
 def evaluate(model: SuperTransformer, phi: SubnetConfig, task: data.Task,
              splits: dict[str, data.Examples]) -> dict[str, float]:
     """"score" (the task's first metric), "stderr" and every metric, on dev.
 
-    MNLI adds "accuracy_mismatched".
+    MNLI adds "accuracy_mismatched". Code: the mean over windows of the loss, and its standard error.
     """
+    if "loss" in task.metrics:
+        losses = next_token_losses(model, phi, splits["dev"])
+        error = losses.std(ddof=1) / np.sqrt(len(losses)) if len(losses) > 1 else 0.0
+        return {"score": float(losses.mean()), "stderr": float(error)}
     predictions, labels = predict(model, phi, splits["dev"])
     values = {metric: METRICS[metric](predictions, labels) for metric in task.metrics}
     if "dev_mismatched" in splits:
@@ -114,25 +150,25 @@ def palette(model: SuperTransformer, space: list[SubnetConfig], task: data.Task,
     return [describe(model, phi) | evaluate(model, phi, task, splits) for phi in space]
 
 
-def worth_shipping(rows: list[dict]) -> list[dict]:
+def worth_shipping(rows: list[dict], metric: str) -> list[dict]:
     """The subnet to take for any budget, smallest first.
 
     A larger one is listed only if it beats all smaller ones listed by more than its standard error.
     """
     front: list[dict] = []
-    for row in sorted(rows, key=lambda row: (row["parameters"], -row["score"])):
-        if not front or row["score"] > front[-1]["score"] + row["stderr"]:
+    for row in sorted(rows, key=lambda row: (row["parameters"], -gain(metric, 0, row["score"]))):
+        if not front or gain(metric, front[-1]["score"], row["score"]) > row["stderr"]:
             front.append(row)
     return front
 
 
-def table(rows: list[dict], columns: dict[str, str]) -> str:
-    """Markdown; columns maps a key to its heading. Fractions are printed in points (0-100)."""
+def table(rows: list[dict], columns: dict[str, str], metric: str) -> str:
+    """Markdown; columns maps a key to its heading."""
     def cell(row: dict, key: str) -> str:
         value = row.get(key, "")
         if key.endswith("parameters"):
             return f"{value / 1e6:.2f}M ({value / rows[0][key]:.0%})"
-        return f"{100 * value:.1f}" if isinstance(value, float) else str(value)
+        return show(metric, value) if isinstance(value, float) else str(value)
 
     lines = [list(columns.values())] + [[cell(row, key) for key in columns] for row in rows]
     widths = [max(map(len, column)) for column in zip(*lines)]
@@ -145,19 +181,310 @@ def table(rows: list[dict], columns: dict[str, str]) -> str:
 COLUMNS = {"name": "subnet", "parameters": "parameters", "encoder_parameters": "encoder"}
 
 
-def final_table(rows: list[dict]) -> str:
+def final_table(rows: list[dict], metric: str) -> str:
     """The palette with a column for each moment that was measured, oldest first, the standard error
     of the last, and the task's other metrics then."""
     moments = {moment: moment for moment in rows[0].get("history", {})} or {"score": "score"}
     flat = [row | row.get("history", {}) for row in rows]
-    metrics = [key for key in rows[0] if key in (*METRICS, "accuracy_mismatched")]
-    return table(flat, COLUMNS | moments | {"stderr": "± s.e."} | {key: key for key in metrics[1:]})
+    others = [key for key in rows[0] if key in (*METRICS, "accuracy_mismatched")][1:]
+    columns = COLUMNS | moments | {"stderr": "± s.e."} | {key: key for key in others}
+    return table(flat, columns, metric)
 
 
-def stage_table(rows: list[dict]) -> str:
+def stage_table(rows: list[dict], metric: str) -> str:
     """The palette before and after the stage that has just ended."""
     moments = {moment: moment for moment in list(rows[0]["history"])[-2:]}
-    return table([row | row["history"] for row in rows], COLUMNS | moments | {"stderr": "± s.e."})
+    columns = COLUMNS | moments | {"stderr": "± s.e."}
+    return table([row | row["history"] for row in rows], columns, metric)
+
+
+def title(task: str, metric: str, examples: int) -> str:
+    unit = "in nats per token, lower is better" if metric == "loss" else "in points"
+    return f"{task}, {metric} on dev ({examples:,} examples), {unit}"
+
+
+# ------------------------------------------------------------------------------- generating text
+
+@torch.inference_mode()
+def generate(model: SuperTransformer, tokenizer: Tokenizer, prompts: list[str],
+             max_new_tokens: int = 256, temperature: float = 0.0, top_p: float = 1.0,
+             stop: tuple[str, ...] = (), seeds: list[int] | None = None,
+             phi: SubnetConfig | None = None) -> list[str]:
+    """A continuation of each prompt, up to the end of text or the first of the `stop` strings.
+
+    Temperature 0 takes the likeliest token; else one is drawn among the likeliest that hold top_p of
+    the probability, each row with a seed of its own: neighbours in the batch do not change it.
+    Raises ValueError if a prompt leaves no room for a token.
+    """
+    device, end = next(model.parameters()).device, data.end_of_text(tokenizer)
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    encoded = [tokenizer.encode(prompt).ids or [end] for prompt in prompts]
+    P, room = max(map(len, encoded)), model.config["max_position_embeddings"]
+    if P >= room:
+        raise ValueError(f"a prompt of {P} tokens leaves no room in the model's {room} positions")
+    ids = torch.tensor([[end] * (P - len(x)) + x for x in encoded], device=device)       # (B, P)
+    total = min(P + max_new_tokens, room)
+    mask = torch.ones(len(ids), total, dtype=torch.long, device=device)      # padded on the left
+    for row, x in enumerate(encoded):
+        mask[row, :P - len(x)] = 0
+    padded, cache, phi = not mask.all(), Cache(total), phi or model.maxnet
+    draws = [torch.Generator().manual_seed(seed) for seed in seeds or range(len(ids))]
+    new: list[list[int]] = [[] for _ in prompts]
+    texts: dict[int, str] = {}                                               # of finished rows
+    for S in range(P, total):
+        s, _ = model.encode(ids, mask[:, :S] if padded else None, phi, cache)
+        z = model.logits(s[:, -1])                                           # (B, V)
+        ids = z.argmax(-1, keepdim=True) if temperature == 0 else sample(z / temperature, top_p, draws)
+        for row, token in enumerate(ids[:, 0].tolist()):
+            if row not in texts:
+                new[row].append(token)
+                text = tokenizer.decode(new[row]) if token != end else tokenizer.decode(new[row][:-1])
+                cut = min((i for word in stop if (i := text.find(word)) >= 0), default=None)
+                if cut is not None or token == end:
+                    texts[row] = text[:cut]
+        if len(texts) == len(prompts):
+            break
+    return [texts.get(row, tokenizer.decode(new[row])) for row in range(len(prompts))]
+
+
+def sample(z: torch.Tensor, top_p: float, draws: list[torch.Generator]) -> torch.Tensor:
+    """A token (B, 1) per row of logits z (B, V), among the likeliest whose probability is top_p."""
+    p, order = z.softmax(-1).cpu().sort(descending=True)
+    p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0.0)                # the likeliest always stays
+    places = [torch.multinomial(row, 1, generator=draw) for row, draw in zip(p, draws)]
+    return order.gather(-1, torch.stack(places)).to(z.device)
+
+
+# ------------------------------------------------------------------------------------- HumanEval
+
+STOP = ("\nclass", "\ndef", "\n#", "\nif", "\nprint", "\n@")           # the function has ended
+TASK_KEYS = ("task_id", "prompt", "entry_point", "test")
+
+
+def estimate_pass_at_k(n: int, c: int, k: int) -> float:
+    """1 - C(n-c, k) / C(n, k): the chance that one of k samples passes, when c of n did.
+
+    Unbiased (Chen et al., 2021, the paper's HumanEval). ValueError unless 1 ≤ k ≤ n and 0 ≤ c ≤ n.
+    """
+    if not (1 <= k <= n and 0 <= c <= n):
+        raise ValueError(f"pass@{k} is not defined for {c} of {n} samples")
+    return 1 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def read_lines(path: Path, keys: Iterable[str]) -> list[dict]:
+    """A row for each line of *.jsonl or *.jsonl.gz; ValueError names file, line and missing key."""
+    rows: list[dict] = []
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
+            for line in file:
+                rows.append(json.loads(line))
+                if missing := [key for key in keys if key not in rows[-1]]:
+                    raise ValueError(f"there is no {missing[0]!r}")
+    except (EOFError, zlib.error, gzip.BadGzipFile, ValueError, TypeError) as error:
+        raise ValueError(f"{path}, line {max(1, len(rows))}: {error}") from None
+    return rows
+
+
+def humaneval(model: SuperTransformer, tokenizer: Tokenizer, problems: list[dict], path: Path,
+              samples: int = 1, batch_size: int = 16, **settings) -> dict[str, float]:
+    """pass@k of `model` for k in 1, 10, 100 up to `samples`, and pass@1's standard error.
+
+    Each judged completion is a line of `path`, with the settings of `generate`; those that are there
+    already are not made again. RUNS GENERATED CODE: see `check_correctness`.
+    """
+    rows = read_lines(path, ("task_id", "sample", "passed", "settings")) if path.exists() else []
+    if any(row["settings"] != settings for row in rows):
+        raise ValueError(f"{path} holds completions made with other settings; move it away first")
+    done = {(row["task_id"], row["sample"]) for row in rows}
+    todo = [(i, n) for n in range(samples) for i, problem in enumerate(problems)
+            if (problem["task_id"], n) not in done]
+    todo.sort(key=lambda pair: len(problems[pair[0]]["prompt"]))             # less padding
+    with open(path, "a", encoding="utf-8") as file, ThreadPoolExecutor(os.cpu_count()) as pool:
+        for start in tqdm(range(0, len(todo), batch_size), unit=" batches", disable=None):
+            batch = todo[start:start + batch_size]
+            texts = generate(model, tokenizer, [problems[i]["prompt"] for i, _ in batch], stop=STOP,
+                             seeds=[n * len(problems) + i for i, n in batch], **settings)
+            verdicts = pool.map(check_correctness, [problems[i] for i, _ in batch], texts)
+            for (i, n), text, verdict in zip(batch, texts, verdicts):
+                rows.append({"task_id": problems[i]["task_id"], "sample": n, "completion": text,
+                             "settings": settings} | verdict)
+                file.write(json.dumps(rows[-1]) + "\n")
+            file.flush()
+    return pass_at_k(rows, [problem["task_id"] for problem in problems], samples)
+
+
+def pass_at_k(rows: list[dict], tasks: list[str], samples: int) -> dict[str, float]:
+    """Mean over the problems, from rows of {"task_id", "sample", "passed"}."""
+    passed = dict.fromkeys(tasks, 0)
+    for row in rows:
+        if row["sample"] < samples and row["task_id"] in passed:
+            passed[row["task_id"]] += row["passed"]
+    means = {f"pass@{k}": [estimate_pass_at_k(samples, c, k) for c in passed.values()]
+             for k in (1, 10, 100) if k <= samples}
+    error = np.std(means["pass@1"]) / np.sqrt(len(tasks))
+    return {name: float(np.mean(values)) for name, values in means.items()} | {"stderr": float(error)}
+
+
+# Limits of every process that a completion starts: bytes of memory and of a file, and counts.
+LIMITS = {"AS": 2**30, "FSIZE": 2**24, "NPROC": 8, "NOFILE": 64, "CORE": 0}
+
+# What the child interpreter runs. It becomes two processes: the *worker* runs the completion, and
+# the *judge* the asserts, on values that it has the worker compute. No secret is needed: the pipe
+# for the verdict is open in the judge alone, and nothing but plain data gets into the judge.
+RUNNER = '''
+import ctypes, glob, json, os, pickle, resource, signal, struct, sys, time
+from contextlib import suppress
+
+class PlainUnpickler(pickle.Unpickler):
+    """Load numbers, strings and containers of them; anything else is an error."""
+    find_class = None
+
+def plain(value):
+    """Return containers of derived kinds, such as Counter, as the kind they are derived from."""
+    if isinstance(value, dict):
+        return dict(plain(list(value.items())))
+    for kind in (list, tuple, set, frozenset):
+        if isinstance(value, kind):
+            return kind(map(plain, value))
+    return value
+
+def work(calls, replies):
+    """Run the completed program, then call its function as often as the judge asks."""
+    try:
+        program, name = pickle.load(calls)
+        namespace, value = {}, None
+        exec(program, namespace)
+        while True:
+            pickle.dump((True, plain(value)), replies)
+            args, kwargs = pickle.load(calls)
+            value = namespace[name](*args, **kwargs)
+    except BaseException as error:
+        pickle.dump((False, type(error).__name__), replies)
+
+def judge(calls, replies):
+    """Run the asserts on a function that is called in the worker, and return the verdict."""
+    def ask(message):
+        pickle.dump(message, calls)
+        returned, value = PlainUnpickler(replies).load()
+        if not returned:
+            raise type(value, (Exception,), {})
+        return value
+
+    try:
+        problem, completion = json.load(sys.stdin)
+        prompt, name = problem["prompt"], problem["entry_point"]
+        ask((prompt + completion + "\\n", name))
+        namespace = {}
+        exec(prompt + "\\n    pass\\n", namespace)  # asserts may use another function of the prompt
+        namespace[name] = lambda *args, **kwargs: ask((args, kwargs))
+        exec(problem["test"] + f"\\ncheck({name})", namespace)
+        return "passed"
+    except BaseException as error:
+        return f"failed: {type(error).__name__}"
+
+def finish(result):
+    """Kill all descendants (an orphan becomes a child of this process), then report and exit."""
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    os.kill(worker, signal.SIGKILL)
+    with suppress(OSError):
+        os.killpg(worker, signal.SIGKILL)
+    os.waitpid(worker, 0)
+    with suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG):
+            for path in glob.glob("/proc/[0-9]*/status"):
+                with suppress(OSError), open(path, "rb") as file:
+                    if b"\\nPPid:\\t%d\\n" % os.getpid() in file.read():
+                        os.kill(int(path.split("/")[2]), signal.SIGKILL)
+            time.sleep(0.001)
+    os.write(verdict, result.encode(errors="replace"))
+    os._exit(0)
+
+def restrict():
+    """Let the worker give up, for good, what a program does not need."""
+    os.setsid()
+    if user:
+        os.setgroups([])
+        os.setgid(user)
+        os.setuid(user)
+    if linux:
+        libc.prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG: die with the judge
+        libc.prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS: no sudo
+        # Landlock: write to no file outside of this folder and, from version 6 on, use no TCP and
+        # signal no other process. Where the kernel does not have it, these calls do nothing.
+        version = libc.syscall(444, None, 0, 1)
+        rights = struct.pack("QQQ", {1: 0x1FF2, 2: 0x3FF2}.get(version, 0x7FF2), 3, 3)
+        rules = libc.syscall(444, rights, 24 if version >= 6 else 8, 0)
+        folder = struct.pack("i", os.open(".", os.O_RDONLY))
+        libc.syscall(445, rules, 1, rights[:8] + folder, 0)
+        libc.syscall(446, rules, 0)
+
+timeout, limits = json.loads(sys.argv[1])
+linux, libc = sys.platform == "linux", ctypes.CDLL(None)
+user = 0 if os.getuid() else 61184 + os.getpid() % 4336  # a number systemd keeps for passing users
+if user:
+    os.chown(".", user, user)
+    # The library may lie below /root, out of that user's reach but for an open descriptor.
+    library = os.path.dirname(os.__file__)
+    opened = f"/proc/self/fd/{os.open(library, os.O_RDONLY)}"
+    for paths in [sys.path, *(m.__path__ for m in sys.modules.values() if hasattr(m, "__path__"))]:
+        paths[:] = [path.replace(library, opened) for path in paths]
+if linux:
+    libc.prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER: become the parent of all orphans
+    libc.prctl(4, 0, 0, 0, 0)  # PR_SET_DUMPABLE: not to be traced, nor read through /proc
+    # CLONE_NEWPID | CLONE_NEWNET | CLONE_NEWIPC, which root may and others by CLONE_NEWUSER, or not
+    libc.unshare(0x68000000 if user else 0x78000000)
+verdict, calls, replies = os.dup(1), os.pipe(), os.pipe()
+os.dup2(2, 1)  # standard error is /dev/null
+worker = os.fork()
+for name, limit in limits.items():
+    with suppress(OSError, ValueError):  # macOS does not limit memory
+        resource.setrlimit(getattr(resource, "RLIMIT_" + name), (limit, limit))
+if worker == 0:
+    os.dup2(2, 0)
+    for pipe in (verdict, calls[1], replies[0]):
+        os.close(pipe)
+    restrict()
+    work(open(calls[0], "rb"), open(replies[1], "wb", buffering=0))
+    os._exit(0)
+os.close(calls[0])
+os.close(replies[1])
+signal.signal(signal.SIGALRM, lambda *_: finish("timed out"))
+signal.setitimer(signal.ITIMER_REAL, timeout)
+finish(judge(open(calls[1], "wb", buffering=0), open(replies[0], "rb")))
+'''
+
+
+def check_correctness(problem: dict, completion: str, timeout: float = 10.0) -> dict:
+    """Return whether the completion passes the problem's asserts, and in a word what happened.
+
+    It runs in an empty folder, under limits, and all that it started is killed in the end. Under
+    root it has a user of its own; where Linux permits, it has no network and writes nowhere else.
+    Its exits, output and tricks prove nothing, as the asserts run in another process, which it can
+    only send what its function returns: numbers, strings and containers of them. (That process does
+    not see arguments changed in place.) But this is no virtual machine: a program can read what its
+    user can and fill the disk, and without root, namespaces and Landlock harm all its user owns.
+    """
+    folder = tempfile.mkdtemp()
+    settings = json.dumps([timeout, {**LIMITS, "CPU": int(timeout) + 2}])
+    try:
+        output = subprocess.run(
+            [sys.executable, "-I", "-S", "-c", RUNNER, settings],
+            input=json.dumps([problem, completion]).encode(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            cwd=folder,
+            env={"HOME": folder, "TMPDIR": folder, "PATH": "/usr/bin:/bin"},
+            start_new_session=True,
+            timeout=timeout + 10,
+        ).stdout
+        result = " ".join(output.decode(errors="replace").split())[:80] or "failed"
+    except subprocess.TimeoutExpired:
+        result = "timed out"
+    finally:  # whatever the program did to the permissions or the depth of the folder
+        clean = ["sh", "-c", 'chmod -R u+rwX "$0"; rm -rf "$0"', folder]
+        subprocess.run(clean, stderr=subprocess.DEVNULL)
+    return {"passed": result == "passed", "result": result}
 
 
 # ------------------------------------------------------------------------------ the run folder
@@ -242,6 +569,7 @@ def load_state(folder: Path, model: SuperTransformer) -> dict | None:
     tensors, position = read_tensors(folder / "state.safetensors")
     model.load_trained_state({name.removeprefix("model."): t for name, t in tensors.items()
                               if name.startswith("model.")})
+    model.num_stages = position["stage"] + 1         # without adapters, nothing else tells
     resume = position | {"optimizer": {}, "U": {}}
     for name, t in tensors.items():
         kind, number, *moment = name.split(".")
@@ -274,7 +602,7 @@ def write_palette(folder: Path, settings: dict, task: data.Task, rows: list[dict
     name, note, metric = settings["task"], settings["note"], task.metrics[0]
     content = {"task": name, "metric": metric, "note": note, "subnets": rows}
     write_json(folder / "palette.json", content)
-    text = f"{name}, {metric} on dev, in points\n\n{final_table(rows)}\n"
+    text = f"{title(name, metric, settings['data']['dev'])}\n\n{final_table(rows, metric)}\n"
     with replacing(folder / "palette.md") as path:
         path.write_text((f"**{note}**\n\n" if note else "") + text, encoding="utf-8")
 
@@ -291,16 +619,17 @@ def peak_memory(device: str) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def load_run(folder: Path,
-             device: str = "cpu") -> tuple[dict, SuperTransformer, list[SubnetConfig]]:
-    """(run.json, the model with its adapters, 𝒜), from the folder and its base, in float32.
+def load_run(folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[
+        dict, SuperTransformer, list[SubnetConfig]]:
+    """(run.json, the model with its adapters, 𝒜), from the folder and its base.
 
     Raises FileNotFoundError or ValueError naming what is missing, damaged, or of another base.
     """
     run = read_json(folder / "run.json")
     try:
         base, digest, labels = run["base"]["folder"], run["base"]["sha256"], run["num_labels"]
-        run["data"]["folder"], run["hyper_parameters"]["max_length"], run["note"]        # all there?
+        hp = run["hyper_parameters"]
+        run["data"]["folder"], hp["max_length"], hp["dev_examples"], run["note"]         # all there?
         data.TASKS[run["task"]]
         space = [SubnetConfig(row["hidden_size"], row["heads"], row["intermediate_size"],
                               tuple(row["layers"]), row["name"]) for row in run["space"]]
@@ -308,10 +637,12 @@ def load_run(folder: Path,
         raise ValueError(f"{folder / 'run.json'} is not one of ours, or was edited: {error} is "
                          f"missing or wrong") from None
     state, origin = read_tensors(folder / "adapters.safetensors")
-    if not data.sha256(Path(base) / "model.safetensors") == digest == origin.get("base"):
+    if not data.sha256(checkpoint_files(base)) == digest == origin.get("base"):
         raise ValueError(f"{base} is not the checkpoint that {folder} was trained on: sha256 "
                          f"differs")
-    model = load_pretrained(base, labels, torch.float32)
+    model = load_pretrained(base, labels, dtype)
+    if hp["init"] == "random":
+        model.initialise(hp["seed"])
     model.load_trained_state(state)
     return run, model.to(device), space
 
@@ -346,22 +677,71 @@ def exit_on_bad_input(main: Callable[[], int]) -> int:
 
 
 def main(argv: Iterable[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="The palette of a finished run, measured again.")
+    parser = argparse.ArgumentParser(description="A finished run, measured again: its palette, or "
+                                                 "a decoder's pass@k on HumanEval.")
     parser.add_argument("run", type=Path, help="a run folder, such as runs/toy")
     parser.add_argument("--data-dir", type=Path, help="holds SST-2/ etc.; default: as in the run")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, ...; default cpu")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"),
+                        help="of the frozen weights; default float32")
+    group = parser.add_argument_group("HumanEval")
+    group.add_argument("--humaneval", type=Path, metavar="FILE", help="HumanEval.jsonl.gz")
+    group.add_argument("--allow-code-execution", action="store_true",
+                       help="run the generated programs, as the verdict needs")
+    group.add_argument("--subnets", help="names, separated by commas; default: the whole palette")
+    group.add_argument("--samples", type=int, default=1, help="per problem; default 1")
+    group.add_argument("--batch-size", type=int, default=16, help="default 16")
+    group.add_argument("--max-new-tokens", type=int, default=256, help="default 256")
+    group.add_argument("--temperature", type=float, default=0.0, help="default 0: greedy")
+    group.add_argument("--top-p", type=float, default=1.0, help="default 1")
     args = parser.parse_args(argv)
-    run, model, space = load_run(args.run, check_device(args.device))
-    task, max_length = data.TASKS[run["task"]], run["hyper_parameters"]["max_length"]
+    if args.humaneval and not args.allow_code_execution:
+        raise ValueError("--humaneval runs programs that a model wrote, which may do harm; nothing "
+                         "was run: add --allow-code-execution if this machine may be exposed to them")
+    for key in ("samples", "batch_size", "max_new_tokens"):
+        if getattr(args, key) < 1:
+            raise ValueError(f"--{key.replace('_', '-')} must be at least 1")
+    if not (args.temperature >= 0 and 0 < args.top_p <= 1):
+        raise ValueError("--temperature must be at least 0, --top-p above 0 and at most 1")
+    problems = read_lines(args.humaneval, TASK_KEYS) if args.humaneval else []
+    run, model, space = load_run(args.run, check_device(args.device), getattr(torch, args.dtype))
     tokenizer = data.load_tokenizer(run["base"]["folder"], model.config["vocab_size"])
-    splits = data.load_task(run["task"], args.data_dir or run["data"]["folder"], train=False)
-    splits = {name: data.encode(tokenizer, rows, max_length) for name, rows in splits.items()}
-    rows = palette(model, space, task, splits)
     if run["note"]:
         print(run["note"])
-    print(f"{run['task']}, {task.metrics[0]} on dev ({len(splits['dev'].labels):,} examples), "
-          f"float32, in points\n\n{final_table(rows)}")
+    if args.humaneval:
+        print_humaneval(args, run, model, space, tokenizer, problems)
+        return 0
+    task, max_length = data.TASKS[run["task"]], run["hyper_parameters"]["max_length"]
+    splits = data.load_task(run["task"], args.data_dir or run["data"]["folder"], train=False)
+    splits = {name: data.draw(data.encode(tokenizer, rows, max_length),
+                              run["hyper_parameters"]["dev_examples"])
+              for name, rows in splits.items()}
+    rows = palette(model, space, task, splits)
+    print(f"{title(run['task'], task.metrics[0], len(splits['dev'].ids))}; {args.dtype}\n\n"
+          f"{final_table(rows, task.metrics[0])}")
     return 0
+
+
+def print_humaneval(args: argparse.Namespace, run: dict, model: SuperTransformer,
+                    space: list[SubnetConfig], tokenizer: Tokenizer, problems: list[dict]) -> None:
+    """A line per subnet; its completions go to humaneval-SUBNET.jsonl in the run folder."""
+    if not isinstance(model, Decoder):
+        raise ValueError(f"{args.run} is an encoder; --humaneval needs one that generates text")
+    names = [phi.name for phi in space]
+    wanted = args.subnets.split(",") if args.subnets else names
+    if unknown := [name for name in wanted if name not in names]:
+        raise ValueError(f"--subnets: there is no {unknown[0]!r}; this palette has "
+                         f"{', '.join(names)}")
+    settings = {key: getattr(args, key) for key in ("max_new_tokens", "temperature", "top_p")}
+    for phi in space:
+        if phi.name in wanted:
+            found = humaneval(model.extract(phi), tokenizer, problems,
+                              args.run / f"humaneval-{phi.name}.jsonl", args.samples,
+                              args.batch_size, **settings)
+            error = found.pop("stderr")
+            print(f"{phi.name}: " + ", ".join(f"{k} {100 * v:.1f}" for k, v in found.items())
+                  + f" (± {100 * error:.1f}); {len(problems)} problems, {args.samples} samples "
+                  f"each, {args.dtype}", flush=True)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
     python mlfs.py                      # the built-in toy: no download, two minutes on two cores
     python mlfs.py --task sst2          # BERT-base on SST-2
+    python mlfs.py --task python        # SantaCoder on Python code
 
 Read from the top: hyper-parameters, the configuration space 𝒜, the losses, then `mlfs`, which is
 Algorithm 1 with the paper's line numbers in the right margin. The rest is the command line.
@@ -16,8 +17,9 @@ import random
 import sys
 import time
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
-from typing import Iterable, Iterator
+from typing import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
@@ -27,7 +29,7 @@ from tqdm import tqdm
 
 import data
 import evaluate
-from model import SubnetConfig, SuperTransformer, load_pretrained
+from model import (Decoder, SubnetConfig, SuperTransformer, checkpoint_files, load_pretrained)
 
 
 # ------------------------------------------------------------------------------ hyper-parameters
@@ -63,7 +65,21 @@ class HyperParameters:
     widths: tuple[float, ...] = setting((1.0, 0.75, 0.5), "shares of heads and FFN neurons in 𝒜 (ours)")
     depths: tuple[float, ...] = setting((1.0, 0.75, 0.5), "shares of the layers in 𝒜 (ours)")
     hidden: tuple[float, ...] = setting((1.0,), "shares of the hidden size in 𝒜 (ours)")
+    subnets: str = setting("grid", "𝒜: the grid of the shares above, or the subnets whose sizes "
+                           "Table 1 (santacoder) or Table 2 (codellama) gives",
+                           ("grid", "santacoder", "codellama"))
     reorder: bool = setting(True, "put important heads, neurons first after stage 0 (ours)")
+    adapters: str = setting("low-rank", "train A_s, B_s; or all of W, the full-rank (non-LoRA) MLFS "
+                            "of App. B and the supernets before MLFS", ("low-rank", "full"))
+    init: str = setting("pretrained", "start of W; random is the baseline of Figs. 5 and 6",
+                        ("pretrained", "random"))
+    checkpointing: bool = setting(False, "keep no activations inside layers, compute them again in "
+                                  "the backward pass: less memory, a third more time")
+    train_examples: int = setting(0, "train on so many examples, drawn with the seed (Tables 1-2: "
+                                  "10K to 1.2M); 0: all")
+    dev_examples: int = setting(0, "evaluate on so many examples, drawn once for all seeds; 0: all")
+    validate_every: int = setting(0, "log the dev score of every subnet after so many steps (the "
+                                  "curves of Figs. 5 and 7); 0: never")
     seed: int = setting(0, "of the head, A_s, U, the order of the data, the subnets drawn")
     dtype: str = setting("auto", "of the frozen weights; auto: bfloat16 where native (ours)",
                          ("auto", "float32", "bfloat16"))
@@ -75,7 +91,6 @@ class HyperParameters:
             "beta must be at least 0": self.beta >= 0,
             "gamma must be at least 0": self.gamma >= 0,
             "temperature must be at least 1": self.temperature >= 1,
-            "kl must be reverse or forward": self.kl in ("reverse", "forward"),
             "d_low must be at least 1": self.d_low >= 1,
             "epochs must be three whole numbers from 0 on":
                 len(self.epochs) == 3 and min(self.epochs) >= 0,
@@ -86,9 +101,16 @@ class HyperParameters:
             "max_length must be at least 4": self.max_length >= 4,
             "num_subnets must be at least 1": self.num_subnets >= 1,
             "seed must be at least 0": self.seed >= 0,
-            "dtype must be auto, float32 or bfloat16":
-                self.dtype in ("auto", "float32", "bfloat16"),
+            "train_examples must be at least 0": self.train_examples >= 0,
+            "dev_examples must be at least 0": self.dev_examples >= 0,
+            "validate_every must be at least 0": self.validate_every >= 0,
+            "dtype must be auto or float32 with --adapters full":
+                self.adapters == "low-rank" or self.dtype != "bfloat16",
         }
+        for field in dataclasses.fields(self):
+            choices = field.metadata["choices"] or (getattr(self, field.name),)
+            rules[f"{field.name} must be {' or '.join(map(str, choices))}"] = \
+                getattr(self, field.name) in choices
         for rule, holds in rules.items():                            # nan fails every comparison
             if not holds:
                 raise ValueError(f"{rule}, not {getattr(self, rule.split()[0])}")
@@ -102,6 +124,8 @@ TASK_SETTINGS = {                                # App. A, where it departs from
     "mnli": LARGE | {"learning_rate": 5e-4},
     "qnli": LARGE | {"learning_rate": 5e-4},
     "toy": {"epochs": (4, 2, 6), "gamma": 1.0, "learning_rate": 3e-3, "dtype": "float32"},   # ours
+    "python": {"epochs": (1, 1, 1), "gamma": 1.0, "batch_size": 8, "max_length": 512,         # ours
+               "validate_every": 100, "dev_examples": 64},
 }
 
 
@@ -121,16 +145,16 @@ def depth_order(layers: tuple[int, ...]) -> tuple[int, ...]:
 
 def configuration_space(maxnet: SubnetConfig, widths: Iterable[float] = (1, 0.75, 0.5),
                         depths: Iterable[float] = (1, 0.75, 0.5),
-                        hidden: Iterable[float] = (1,)) -> list[SubnetConfig]:
+                        hidden: Iterable[float] = (1,), head_group: int = 1) -> list[SubnetConfig]:
     """𝒜 (Sec. 4), all combinations: the first is the maxnet Φ_1, the last the minnet Φ_min.
 
-    Width shares heads and FFN neurons; depth shares layers (halves round down), nested so that
-    every Φ contains the minnet's; hidden shares the embedding dimension. A share of 1 is always in.
-    Raises ValueError for a share that this model cannot take.
+    Width shares heads (in whole groups of head_group) and FFN neurons; depth shares layers (halves
+    round down), nested so that every Φ contains the minnet's; hidden shares the embedding
+    dimension. A share of 1 is always in. Raises ValueError for a share that this model cannot take.
     """
     def part(share: float, whole: int, what: str) -> int:
         number = math.ceil(share * whole - 0.5) if 0 < share <= 1 else 0
-        if number < 1 or (what == "heads" and abs(number - share * whole) > 0.01):
+        if number < 1 or ("heads" in what and abs(number - share * whole) > 0.01):
             raise ValueError(f"a share of {share:g} is not possible: this model has {whole} "
                              f"{what}, and {share:g} x {whole} = {share * whole:g} is not a whole "
                              f"number of them from 1 to {whole}")
@@ -140,12 +164,30 @@ def configuration_space(maxnet: SubnetConfig, widths: Iterable[float] = (1, 0.75
     descending = (sorted({1.0, *shares}, reverse=True) for shares in (hidden, widths, depths))
     for h, w, d in itertools.product(*descending):
         size = part(h, maxnet.hidden_size, "hidden dimensions")
-        heads = part(w, maxnet.num_attention_heads, "heads")
+        groups, what = maxnet.num_attention_heads // head_group, f"groups of {head_group} heads"
+        heads = part(w, groups, what if head_group > 1 else "heads") * head_group
         neurons = part(w, maxnet.intermediate_size, "FFN neurons")
         layers = tuple(sorted(order[:part(d, len(order), "layers")]))
-        name = f"w{w:g}-d{len(layers)}" + (f"-h{size}" if h < 1 else "")
+        name = f"w{w:.3g}-d{len(layers)}" + (f"-h{size}" if h < 1 else "")
         space.append(SubnetConfig(size, heads, neurons, layers, name))
     return list(dict.fromkeys(space))                        # two shares may round to one depth
+
+
+def nested(depth: int, kept: int) -> tuple[int, ...]:
+    return tuple(sorted(depth_order(tuple(range(depth)))[:kept]))
+
+
+# The paper gives only the sizes of its decoders (Tables 1 and 2); which shapes is our choice.
+SUBNETS = {
+    "santacoder": [SubnetConfig(2048, 16, 8192, nested(24, 24), "w1-d24"),               # 1.12B
+                   SubnetConfig(2048, 12, 6144, nested(24, 24), "0.9B"),                 # 0.87B
+                   SubnetConfig(2048, 12, 6144, nested(24, 18), "0.7B"),                 # 0.68B
+                   SubnetConfig(2048, 8, 4096, nested(24, 18), "0.5B")],                 # 0.49B
+    "codellama": [SubnetConfig(4096, 32, 11008, nested(32, 32), "w1-d32"),               # 6.74B
+                  SubnetConfig(4096, 32, 11008, nested(32, 28), "6B"),                   # 5.93B
+                  SubnetConfig(4096, 32, 11008, nested(32, 25), "5.3B"),                 # 5.32B
+                  SubnetConfig(4096, 32, 11008, nested(32, 21), "4.5B")],                # 4.51B
+}
 
 
 def sample_sub_transformers(space: list[SubnetConfig], stage: int, num_subnets: int,
@@ -190,6 +232,58 @@ def kd_loss(z_j: Tensor, z_1: Tensor, temperature: float = 1.0, kl: str = "rever
     return (p.exp() * (p - q)).sum(-1).mean() * (temperature ** 2 if t2 else 1)
 
 
+class InChunks(torch.autograd.Function):
+    """Σ loss(s[rows], rows) over chunks of rows, whose gradient is taken chunk by chunk.
+
+    One chunk's logits are alive at a time: with V = 49,152, 16 MB of float32 logits hold 85 tokens.
+    weights: what `loss` reads beside s (M, H) and may be trained.
+    """
+
+    @staticmethod
+    def forward(ctx, loss: Callable, size: int, s: Tensor, *weights: Tensor) -> Tensor:
+        total, ds, dW = 0.0, torch.zeros_like(s), [torch.zeros_like(W) for W in weights]
+        wanted = [i for i, W in enumerate(weights) if W.requires_grad]
+        for start in range(0, len(s), size):
+            rows = slice(start, start + size)
+            with torch.enable_grad():
+                part = s[rows].detach().requires_grad_()
+                value = loss(part, rows)
+            d, *d_wanted = torch.autograd.grad(value, [part, *(weights[i] for i in wanted)])
+            total, ds[rows] = total + value.detach(), d
+            for i, d in zip(wanted, d_wanted):
+                dW[i] += d
+        ctx.save_for_backward(ds, *dW)
+        return total
+
+    @staticmethod
+    def backward(ctx, g: Tensor) -> tuple:
+        return None, None, *(g * d for d in ctx.saved_tensors)
+
+
+def output_loss(model: SuperTransformer, s_j: Tensor, s_1: Tensor | None, y: Tensor,
+                hp: HyperParameters, logits: int = 2 ** 22) -> Tensor:
+    """(1-α) ℓ_task + α ℓ_KD from last states s_j, s_1 (B, H) or (B, T, H); s_1 None: α is 0.
+
+    Only so many logits are alive at a time (`InChunks`); the sum is that of one chunk.
+    """
+    if y.dim() > 1:                                  # each position that has a next token is a row
+        real = y != data.IGNORED
+        s_j, s_1, y = s_j[real], None if s_1 is None else s_1[real], y[real]
+
+    def loss(s: Tensor, rows: slice) -> Tensor:
+        z = model.logits(s)
+        value = task_loss(z, y[rows])
+        if s_1 is not None:
+            with torch.no_grad():
+                z_1 = model.logits(s_1[rows])
+            kd = kd_loss(z, z_1, hp.temperature, hp.kl, hp.kd_t2)
+            value = (1 - hp.alpha) * value + hp.alpha * kd
+        return value * (len(s) / len(y))
+
+    weights = model.readout()
+    return InChunks.apply(loss, max(1, logits // len(weights[-1])), s_j, *weights)
+
+
 def feature_projections(layers: Iterable[int], d_low: int, hidden_size: int,
                         seed: int) -> dict[int, Tensor]:
     """U_1^l (d_low, d_1) with random orthonormal rows, for each layer of g_min (Sec. 5)."""
@@ -230,18 +324,20 @@ def importance(model: SuperTransformer, examples: data.Examples,
     neurons is enough. As DynaBERT's (Hou et al., 2020), but on TRAIN. Keys as in `reorder`.
     """
     device, D = next(model.parameters()).device, model.config["head_dim"]
-    readers = {f"{l}.{kind}": linear.weight.requires_grad_(True)
+    readers = {f"{l}.{kind}": linear.weight
                for l, layer in enumerate(model.layers)
                for kind, linear in (("heads", layer.attention_output), ("neurons", layer.output))}
-    scores = dict.fromkeys(readers, 0.0)
-    rows = np.random.default_rng(hp.seed).permutation(len(examples.labels))[:64 * 32]
-    for x, y in data.batches(examples.take(rows), 32, seed=hp.seed, device=device):
-        gradients = torch.autograd.grad(task_loss(model(**x)[0], y), list(readers.values()))
+    frozen = [W.requires_grad_() for W in readers.values() if not W.requires_grad]
+    scores, size = dict.fromkeys(readers, 0.0), min(32, hp.batch_size)
+    rows = np.random.default_rng(hp.seed).permutation(len(examples.ids))[:64 * size]
+    for x, y in data.batches(examples.take(rows), size, seed=hp.seed, device=device):
+        s, _ = model.encode(**x, phi=model.maxnet)
+        gradients = torch.autograd.grad(output_loss(model, s, None, y, hp), list(readers.values()))
         for (key, W), dW in zip(readers.items(), gradients):
             gate = (W.detach().float() * dW.float()).sum(0)                      # (N·D,) or (F,)
             gate = gate.view(-1, D).sum(1) if key.endswith("heads") else gate    # (N,) or (F,)
             scores[key] = scores[key] + gate.abs()
-    for W in readers.values():
+    for W in frozen:
         W.requires_grad_(False)
     return scores
 
@@ -279,28 +375,27 @@ def mlfs(model: SuperTransformer, examples: data.Examples, space: list[SubnetCon
         if model.num_stages == stage:                        # not when resumed in mid-stage
             if stage == 1 and hp.reorder:
                 model.reorder(importance(model, examples, hp))
-            model.add_stage(hp.rank, hp.seed)                                                  # 2
+            model.add_stage(hp.rank if hp.adapters == "low-rank" else None, hp.seed)           # 2
         trained, optimizer = make_optimizer(model, U, moments)
         n = {phi: model.num_trainable(phi) for phi in space}                                   # 9
         batches = stage_batches(examples, hp, stage, done, device)
-        steps = hp.epochs[stage] * math.ceil(len(examples.labels) / hp.batch_size)
+        steps = hp.epochs[stage] * math.ceil(len(examples.ids) / hp.batch_size)
         yield Iteration(stage, done, steps, optimizer, U)
         for step, (x, y) in enumerate(batches, done + 1):                                      # 3,4
             losses, seed = {}, (hp.seed, stage, step)
             subnets = sample_sub_transformers(space, stage, hp.num_subnets, seed)              # 6
             for phi in subnets:                                                                # 7
-                z, h = model(**x, phi=phi)               # Π_Φ(W_Sup), in every layer          # 5,8,10
+                s, h = model.encode(**x, phi=phi)        # Π_Φ(W_Sup), in every layer          # 5,8,10
                 if phi == maxnet:                            # α = 0; z_1, h_1 are constants
-                    loss = task_loss(z, y)                                                     # 11
-                    z_1, h_1 = z.detach(), {l: h[l].detach() for l in U}
-                else:
-                    kd = kd_loss(z, z_1, hp.temperature, hp.kl, hp.kd_t2)
+                    loss = output_loss(model, s, None, y, hp)                                  # 11
+                    s_1, h_1 = s.detach(), {l: h[l].detach() for l in U}
+                else:                                        # (1-α) ℓ_task + α (ℓ_KD + ℓ_FD)
                     fd = fd_loss(h, h_1, U, hp.beta, x["mask"], hp.fd_sum)
-                    loss = (1 - hp.alpha) * task_loss(z, y) + hp.alpha * (kd + fd)             # 12
+                    loss = output_loss(model, s, s_1, y, hp) + hp.alpha * fd                   # 12
                 scale = gradient_scale(n[maxnet], n[phi], hp.gamma) / len(subnets)
                 (scale * loss).backward()                    # .grad adds up to Eq. 6          # 13
                 losses[phi.name] = loss.detach()
-                del z, h, loss                               # one subnet's graph at a time
+                del s, h, loss                               # one subnet's graph at a time
             norm = torch.nn.utils.clip_grad_norm_(trained, hp.clip or math.inf)
             losses = finite_losses(stage, step, losses, norm)
             rate = optimizer.param_groups[0]["lr"] = learning_rate(hp, step, steps)
@@ -325,7 +420,7 @@ def make_optimizer(model: SuperTransformer, U: dict[int, Tensor],
 def stage_batches(examples: data.Examples, hp: HyperParameters, stage: int, done: int,
                   device: torch.device) -> Iterator:
     """A stage's batches after the first `done`; their order depends on (seed, stage, epoch)."""
-    per_epoch = math.ceil(len(examples.labels) / hp.batch_size)
+    per_epoch = math.ceil(len(examples.ids) / hp.batch_size)
     for epoch in range(done // per_epoch, hp.epochs[stage]):
         seed = (hp.seed, stage, epoch)
         for i, batch in enumerate(data.batches(examples, hp.batch_size, seed, device)):
@@ -381,9 +476,14 @@ class Run:
                      for row, past in zip(rows, history)]
         evaluate.write_palette(self.folder, self.settings, self.task, self.rows)
 
+    def validate(self) -> dict[str, float]:
+        """Every subnet's score on dev."""
+        return {phi.name: evaluate.evaluate(self.model, phi, self.task, self.splits)["score"]
+                for phi in self.space}
+
     def held_out_score(self) -> float:
         """The maxnet's score on the held-out slice of TRAIN; 0 where TRAIN is too small for one."""
-        if not len(self.held_out.labels):
+        if not self.held_out.ids:
             return 0.0
         held_out = {"dev": self.held_out}
         return evaluate.evaluate(self.model, self.space[0], self.task, held_out)["score"]
@@ -416,8 +516,9 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, dict]:
         if isinstance(default, bool):
             options["action"] = argparse.BooleanOptionalAction
         elif isinstance(default, tuple):
-            def numbers(text: str, kind=type(default[0])) -> tuple:
-                return tuple(kind(part) for part in text.split(","))
+            def numbers(text: str, kind=type(default[0])) -> tuple:      # 2/3 is a share, too
+                return tuple(kind(Fraction(part)) if kind is float else kind(part)
+                             for part in text.split(","))
             options |= {"type": numbers, "metavar": "A,B,C"}
         else:
             options |= {"type": type(default), "choices": field.metadata["choices"]}
@@ -435,29 +536,44 @@ def prepare(args: argparse.Namespace, given: dict) -> tuple[Run, dict | None]:
     if note:                                     # the toy takes no options meant for BERT-base
         given = {key: value for key, value in given.items() if key not in MODEL_OPTIONS}
     hp = HyperParameters(**{**TASK_SETTINGS.get(name, {}), **given})
-    task, dtype = data.TASKS[name], pick_dtype(hp.dtype, args.device)
+    task, dtype = data.TASKS[name], pick_dtype(hp, args.device)
     torch.manual_seed(hp.seed)
     model = load_pretrained(model_folder, max(1, len(task.labels)), dtype)
+    if isinstance(model, Decoder) != (name == "python"):
+        raise ValueError(f"--task {name} needs {'a decoder' if name == 'python' else 'an encoder'}; "
+                         f"{model_folder} is a {type(model).__name__}")
+    if hp.init == "random":
+        model.initialise(hp.seed)
+    model.gradient_checkpointing = hp.checkpointing
     positions = model.config["max_position_embeddings"]
     if given.get("max_length", 0) > positions:
         raise ValueError(f"max_length {hp.max_length} exceeds the {positions} positions of "
                          f"{model_folder}")
     hp = dataclasses.replace(hp, max_length=min(hp.max_length, positions))
-    space = configuration_space(model.maxnet, hp.widths, hp.depths, hp.hidden)
+    if hp.subnets == "grid":
+        space = configuration_space(model.maxnet, hp.widths, hp.depths, hp.hidden, model.head_group)
+    else:
+        space = SUBNETS[hp.subnets]
+        if space[0] != model.maxnet:
+            raise ValueError(f"--subnets {hp.subnets} slices a model of {space[0].name} "
+                             f"({space[0]}), and {model_folder} is {model.maxnet}")
     tokenizer = data.load_tokenizer(model_folder, model.config["vocab_size"])
-    splits = {split: data.encode(tokenizer, rows, hp.max_length)
-              for split, rows in data.load_task(name, data_folder).items()}
-    train_split, held_out = data.hold_out(splits.pop("train"), hp.seed)
+    rows = data.load_task(name, data_folder)
+    splits = {split: data.encode(tokenizer, part, hp.max_length) for split, part in rows.items()}
+    skipped = {"skipped": rows["train"].skipped} if rows["train"].skipped else {}
+    train_split, held_out = data.hold_out(splits.pop("train"), hp.seed, hp.train_examples)
+    splits = {split: data.draw(part, hp.dev_examples) for split, part in splits.items()}
 
     own = name == "toy" and model_folder == data.DOWNLOADS / "toy"
     default = "toy" if own else f"{name}-{model_folder.resolve().name}"
     folder = args.out or Path("runs") / default
     counts = {"train": train_split, "held_out": held_out} | splits
     settings = {
-        "task": name, "note": note, "num_labels": model.config["num_labels"],
+        "task": name, "note": note, "num_labels": max(1, len(task.labels)),
         "base": {"folder": str(model_folder.resolve()),
-                 "sha256": data.sha256(model_folder / "model.safetensors")},
-        "data": {"folder": str(data_folder.resolve())} | {k: len(v.labels) for k, v in counts.items()},
+                 "sha256": data.sha256(checkpoint_files(model_folder))},
+        "data": {"folder": str(data_folder.resolve())} | skipped
+                | {split: len(part.ids) for split, part in counts.items()},
         "hyper_parameters": dataclasses.asdict(hp),
         "space": [evaluate.describe(model, phi) for phi in space],
         "device": args.device, "dtype": str(dtype).removeprefix("torch."),
@@ -474,10 +590,13 @@ def prepare(args: argparse.Namespace, given: dict) -> tuple[Run, dict | None]:
                splits, rows), resume
 
 
-def pick_dtype(name: str, device: str) -> torch.dtype:
-    """auto: bfloat16 where the hardware multiplies it natively."""
-    if name != "auto":
-        return getattr(torch, name)
+def pick_dtype(hp: HyperParameters, device: str) -> torch.dtype:
+    """auto: bfloat16 where the hardware multiplies it natively; weights that are trained: float32.
+
+    A learning rate of 1e-3 times a weight is less than bfloat16's last digit: it would be lost.
+    """
+    if hp.dtype != "auto" or hp.adapters == "full":
+        return torch.bfloat16 if hp.dtype == "bfloat16" else torch.float32
     gpu = device.startswith("cuda")
     native = torch.cuda.is_bf16_supported(False) if gpu else torch.cpu._is_avx512_bf16_supported()
     return torch.bfloat16 if native else torch.float32
@@ -485,7 +604,7 @@ def pick_dtype(name: str, device: str) -> torch.dtype:
 
 def train(run: Run, resume: dict | None) -> None:
     """Runs `mlfs` and does what is not the algorithm: progress, log, checkpoints, palettes."""
-    hp, settings, rows = run.hp, run.settings, len(run.train.labels)
+    hp, settings, rows = run.hp, run.settings, len(run.train.ids)
     with open(run.folder / "log.jsonl", "a", encoding="utf-8") as file:
         def log(at: Iteration, **values) -> None:
             note = {"note": settings["note"]} if settings["note"] else {}
@@ -509,20 +628,24 @@ def train(run: Run, resume: dict | None) -> None:
                 bar.set_postfix_str(text, refresh=False)
                 if at.step % 10 == 0 or at.step == at.steps:
                     log(at, loss=at.losses, gradient_norm=at.norm, learning_rate=at.rate)
+            if hp.validate_every and at.step % hp.validate_every == 0:
+                log(at, validation=run.validate())
             if at.step == at.steps or (at.losses and at.step % 200 == 0):        # a checkpoint
                 settings["seconds"][at.stage] += time.monotonic() - started
                 if at.stage > 0:
                     score = run.held_out_score()
                     log(at, held_out=score, at_stage_start=start_score)
-                    if score < start_score - 0.05:
+                    metric = run.task.metrics[0]
+                    if evaluate.gain(metric, start_score, score) < -0.05:
                         bar.write(f"warning: stage {at.stage}, step {at.step}: on held-out "
-                                  f"training data the maxnet fell from {100 * start_score:.1f} to "
-                                  f"{100 * score:.1f}, and its students follow it; a lower "
-                                  f"--learning-rate or --clip helps", file=sys.stderr)
+                                  f"training data the maxnet's {metric} went from "
+                                  f"{evaluate.show(metric, start_score)} to "
+                                  f"{evaluate.show(metric, score)}, and its students follow it; a "
+                                  f"lower --learning-rate or --clip helps", file=sys.stderr)
                 if at.step == at.steps:
                     bar.close()
                     run.measure(f"stage {at.stage}" if at.stage else "sliced teacher")
-                    print(evaluate.stage_table(run.rows), flush=True)
+                    print(evaluate.stage_table(run.rows, run.task.metrics[0]), flush=True)
                     evaluate.save_adapters(run.folder, run.model, settings)
                 run.save(at)
                 started = time.monotonic()
@@ -533,31 +656,35 @@ def announce(run: Run, at: Iteration) -> None:
     n_1, whole = run.model.num_trainable(run.space[0]), run.settings["space"][0]["parameters"]
     head = sum(p.numel() for name, p in run.model.named_parameters()
                if name.split(".")[0] in run.model.head)
-    print(f"\nStage {at.stage}: {STAGES[at.stage]}; trains A_{at.stage}, B_{at.stage} ({n_1:,} "
-          f"entries) and the head ({head:,}), {(n_1 + head) / whole:.1%} of the model; "
-          f"{at.steps:,} steps", flush=True)
+    what = f"A_{at.stage}, B_{at.stage} ({n_1:,} entries)" + (f" and the head ({head:,})" if head else "")
+    if run.hp.adapters == "full":
+        what, n_1, head = "all of W", whole, 0
+    print(f"\nStage {at.stage}: {STAGES[at.stage]}; trains {what}, {(n_1 + head) / whole:.1%} of the "
+          f"model; {at.steps:,} steps", flush=True)
 
 
 def main(argv: Iterable[str] | None = None) -> int:
     run, resume = prepare(*parse_arguments(list(sys.argv[1:] if argv is None else argv)))
     s, hp, space, metric = run.settings, run.hp, run.space, run.task.metrics[0]
-    size = s["space"][0]["parameters"] / 1e6
+    size, skipped = s["space"][0]["parameters"] / 1e6, s["data"].get("skipped", {})
     print(f"MLFS on {s['task']}: {Path(s['base']['folder']).name} "
           f"({type(run.model).__name__}, {size:.1f}M parameters); {s['data']['train']:,} examples "
-          f"to train on, {s['data']['held_out']:,} held out, {s['data']['dev']:,} dev\n"
+          f"to train on, {s['data']['held_out']:,} held out, {s['data']['dev']:,} dev"
+          + ("; skipped files: " + ", ".join(f"{n} {why}" for why, n in skipped.items()) if skipped
+             else "") + "\n"
           f"𝒜: {len(space)} subnets, {space[0].name} to {space[-1].name}; r = {hp.rank}, "
           f"α = {hp.alpha:g}, γ = {hp.gamma:g}; {s['device']}, {s['dtype']}, seed {hp.seed}; "
           f"writes {run.folder}/", flush=True)
     train(run, resume)
     stored = (run.folder / "adapters.safetensors").stat().st_size / 1e6
-    print(f"\n{s['task']}, {metric} on dev ({s['data']['dev']:,} examples), in points\n\n"
-          f"{evaluate.final_table(run.rows)}\n\n"
+    print(f"\n{evaluate.title(s['task'], metric, s['data']['dev'])}\n\n"
+          f"{evaluate.final_table(run.rows, metric)}\n\n"
           f"Trained in {sum(s['seconds']):.0f} s, at most {s['peak_memory'] / 2**30:.1f} GiB. "
           f"{run.folder}/adapters.safetensors ({stored:.1f} MB) and the base model make all "
           f"{len(space)} subnets.")
-    choices = [f"{row['name']} ({100 * row['score']:.1f} ± {100 * row['stderr']:.1f}) from "
-               f"{row['parameters'] / 1e6:.2f}M parameters on"
-               for row in evaluate.worth_shipping(run.rows)]
+    choices = [f"{row['name']} ({evaluate.show(metric, row['score'])} ± "
+               f"{evaluate.show(metric, row['stderr'])}) from {row['parameters'] / 1e6:.2f}M "
+               f"parameters on" for row in evaluate.worth_shipping(run.rows, metric)]
     print((s["note"] + ". " if s["note"] else "") + "Ship " + ", ".join(choices) + ".")
     return 0
 
