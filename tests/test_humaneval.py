@@ -1,0 +1,448 @@
+"""check_correctness, which runs generated programs: what deserves to pass passes, and nothing else, whatever a program does."""
+
+import ctypes
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+import conftest  # noqa: F401, makes the modules importable
+import evaluate
+from evaluate import check_correctness
+
+SYSTEM_PYTHON = pathlib.Path("/usr/bin/python3")  # readable by every user
+PROBLEM = {
+    "task_id": "Test/0",
+    "prompt": 'import os, sys\n\n\ndef double(x):\n    """Return twice x, \u00e9\u4e2d\U0001f600."""\n',
+    "entry_point": "double",
+    "canonical_solution": "    return 2 * x\n",
+    "test": "def check(candidate):\n    assert candidate(2) == 4\n    assert candidate('a') == 'aa'\n",
+}
+RIGHT = "    return 2 * x\n"
+WRONG = "    return None\n"
+LANDLOCK = ctypes.CDLL(None).syscall(444, None, 0, 1) if sys.platform == "linux" else 0  # version
+linux = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
+root = pytest.mark.skipif(sys.platform != "linux" or os.getuid() != 0, reason="needs root")
+
+
+def run(completion, timeout=3.0, **changes):
+    """Return the result of a completion of the toy problem."""
+    answer = check_correctness({**PROBLEM, **changes}, completion, timeout)
+    assert answer["passed"] == (answer["result"] == "passed")
+    assert "\n" not in answer["result"] and len(answer["result"]) <= 80
+    return answer["result"]
+
+
+def body(code):
+    """Return a right completion that first runs the code, at each call of the function."""
+    return "".join(f"    {line}\n" for line in code.splitlines()) + RIGHT
+
+
+def processes(marker):
+    """Return how many processes have the marker in their command line."""
+    count = 0
+    for path in pathlib.Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            count += marker.encode() in path.read_bytes()
+        except OSError:
+            pass
+    return count
+
+
+def without(source, call):
+    """Return the source code with calls that do nothing but fail."""
+    assert call + "(" in source
+    return source.replace(call + "(", "(lambda *_: -1)(")
+
+
+@pytest.fixture(params=["all", "limits only"])
+def protection(request, monkeypatch):
+    """Run a test twice, the second time as if the system had neither namespaces nor Landlock."""
+    if request.param == "limits only":
+        runner = without(without(evaluate.RUNNER, "libc.unshare"), "libc.syscall")
+        monkeypatch.setattr(evaluate, "RUNNER", runner)
+
+
+@pytest.fixture
+def folders(monkeypatch):
+    """Have the temporary folders made in a folder that must be empty again after the test."""
+    place = pathlib.Path(subprocess.check_output(["mktemp", "-d"], text=True).strip())
+    place.chmod(0o777)
+    monkeypatch.setattr(evaluate.tempfile, "tempdir", str(place))
+    yield place
+    left = list(place.iterdir())
+    subprocess.run(["rm", "-rf", place])
+    assert left == []
+
+
+def test_right_and_wrong(protection, folders):
+    """The right completion passes, and the wrong and the empty one do not."""
+    assert run(RIGHT) == "passed"
+    assert run(WRONG) == "failed: AssertionError"
+    assert run("") == "failed: AssertionError"
+    assert run("    return x + 2\n") == "failed: TypeError"
+    assert run("    return [1, 2\n") == "failed: SyntaxError"
+    assert run("    yield x\n").startswith("failed")
+
+
+@pytest.mark.parametrize(
+    "expression, expected",
+    [
+        ("float('inf')", "float('inf')"),
+        ("(1, 2.5, True, None, 'x', b'y', {1, 2})", "(1, 2.5, True, None, 'x', b'y', {1, 2})"),
+        ("__import__('collections').Counter('aab')", "{'a': 2, 'b': 1}"),
+        ("[__import__('collections').OrderedDict(a=(1,))]", "[{'a': (1,)}]"),
+        ("'\\ud800'", "'\\ud800'"),
+        ("10 ** 5000", "10 ** 5000"),
+    ],
+)
+def test_values(expression, expected):
+    """A value reaches the asserts as it was returned."""
+    check = f"def check(candidate):\n    assert candidate(1) == {expected}\n    assert True\n"
+    assert run(f"    return {expression}\n", test=check) == "passed"
+
+
+# A loop over the processes of this judge alone: a test must be harmless even if a protection fails.
+OTHERS = """
+def others():
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        if pid != os.readlink("/proc/self"):
+            try:
+                if b"PlainUnpickler" in open(f"/proc/{pid}/cmdline", "rb").read():
+                    yield pid
+            except OSError:
+                pass
+for pid in others() if sys.platform == "linux" else ():
+"""
+CHEATS = {
+    "exit 0 at once": WRONG + "os._exit(0)",
+    "exit 0 in a call": "    os._exit(0)\n",
+    "sys.exit": WRONG + "sys.exit(0)",
+    "sys.exit in a call": "    sys.exit(0)\n",
+    "raise SystemExit": "    raise SystemExit\n",
+    "prints": WRONG + "print('ok'); print('passed', file=sys.stderr); sys.stdout.flush()",
+    "redefined check": WRONG + "def check(candidate): pass",
+    "asserts in comments": WRONG + '"""',
+    "atexit": WRONG + "import atexit; atexit.register(os._exit, 0); os.write(1, b'passed')",
+    "builtins": WRONG + "import builtins\nclass E(BaseException): pass\n"
+    "builtins.AssertionError = E; builtins.exec = builtins.isinstance = lambda *a: None",
+    "no debug": WRONG + "import builtins; builtins.__dict__['__debug__'] = False",
+    "equal to all": "    class Same:\n        __eq__ = lambda self, other: True\n    return Same()\n",
+    "equal string": "    class S(str):\n        __eq__ = lambda s, o: True\n        __hash__ = str.__hash__\n"
+    "    return S()\n",
+    "killed judge": WRONG + "p = os.getppid()\nfor s in 2, 9, 15: os.kill(p, s)",
+    "all descriptors": WRONG + "import pickle\nfor f in range(64):\n"
+    "    for data in b'passed', pickle.dumps((True, 4)), b'passed':\n"
+    "        try: os.write(f, data)\n        except OSError: pass\nos._exit(0)",
+    "descriptors of the judge": WRONG + OTHERS + "    for f in range(16):\n"
+    "        try: os.write(os.open(f'/proc/{pid}/fd/{f}', os.O_WRONLY), b'passed')\n"
+    "        except OSError: pass\n",
+    "environment": "    for p in 'cmdline', 'environ':\n        os.write(1, open(f'/proc/self/{p}', 'rb').read())\n"
+    "    return os.write(1, sys.stdin.read().encode() or b'passed')\n",
+    "pickled call": "    class P:\n        def __reduce__(self): return os.write, (1, b'passed')\n"
+    "    return P()\n",
+    "pickled verdict": "    class P:\n        def __reduce__(self):\n"
+    '            return eval, (\'__import__("__main__").finish("passed")\',)\n    return P()\n',
+    "frames": "    import gc, inspect\n    frame = sys._getframe()\n    while frame:\n"
+    "        for v in [*frame.f_locals.values(), *frame.f_globals.values()]:\n"
+    "            if hasattr(v, 'fileno'): os.write(v.fileno(), b'passed')\n"
+    "        frame = frame.f_back\n    return [str(o)[:9] for o in gc.get_objects()]\n",
+}
+
+
+@pytest.mark.parametrize("name", CHEATS)
+def test_cheat(name, protection):
+    """A completion that does not compute the right value cannot pass."""
+    assert run(CHEATS[name]).startswith(("failed", "timed out"))
+
+
+@linux
+def test_judge_is_out_of_reach(protection):
+    """The program cannot open the memory, descriptors or environment of the process that judges."""
+    code = """
+    seen = True
+    for name in "mem", "fd", "environ":
+        try:
+            os.close(os.open(f"/proc/{pid}/{name}", os.O_RDONLY))
+            sys.exit()
+        except OSError:
+            pass
+assert seen
+"""
+    assert run(body(OTHERS + code)) == "passed"
+
+
+def test_time(protection, folders):
+    """A program that does not end, computing, sleeping or deaf to signals, is stopped in time."""
+    deaf = "import signal\nfor s in range(1, 65):\n    try: signal.signal(s, signal.SIG_IGN)\n"
+    deaf += "    except (OSError, ValueError): pass\n"
+    for code in (deaf + "while True: pass", "import time; time.sleep(60)"):
+        start = time.time()
+        assert run(body(code), timeout=0.5) == "timed out"
+        assert time.time() - start < 10
+
+
+def test_endless_reply(folders):
+    """A reply without end stops the judge by its limits, and the program with it."""
+    code = "while True:\n    for f in range(3, 64):\n        try: os.write(f, b'N0' * 9999)\n"
+    start = time.time()
+    assert run(body(code + "        except OSError: pass"), timeout=0.5) in ("failed", "timed out")
+    assert time.time() - start < 15
+
+
+@linux
+def test_descendants_die(protection):
+    """Of a grandchild in a session of its own, and of many children, nothing is left in the end."""
+    for number, ending in enumerate(["", "\nos._exit(0)", "\nwhile True: pass"]):
+        timeout = 0.5 + number / 10 + 0.0054321
+        code = """
+import time
+read, write = os.pipe()
+if os.fork() == 0:
+    os.setsid()
+    if os.fork() == 0:
+        os.write(write, b"!")
+        time.sleep(60)
+    os._exit(0)
+assert os.read(read, 1) == b"!"
+"""
+        code = body(
+            "if x == 2:\n" + "\n".join("    " + line for line in (code + ending).splitlines())
+        )
+        result = run(code, timeout=timeout)
+        if number == 1:  # as long as a grandchild holds the pipe of the worker, its end is not seen
+            assert result in ("failed: EOFError", "timed out")
+        else:
+            assert result == ["passed", None, "timed out"][number]
+        assert processes(str(timeout)) == 0
+
+
+@linux
+def test_flood(protection):
+    """At most as many children as permitted can be started, and all are killed."""
+    code = """
+import time
+started = 0
+for _ in range(200):
+    try:
+        if os.fork() == 0:
+            time.sleep(60)
+            os._exit(0)
+        started += 1
+    except OSError:
+        break
+assert started < 10
+"""
+    assert run(body("if x == 2:\n" + code.replace("\n", "\n    ")), timeout=2.345678) == "passed"
+    assert processes("2.345678") == 0
+
+
+@pytest.mark.parametrize(
+    "code, expected",
+    [
+        ("print('x' * 2**20)\n" * 1 + "for _ in range(1000): os.write(1, b'x' * 2**20)", "passed"),
+        ("def f(n): return f(n + 1)\ntry: f(0)\nexcept RecursionError: pass", "passed"),
+        ("def f(n): return f(n + 1)\nf(0)", "failed: RecursionError"),
+        ("input()", "failed: EOFError"),
+        ("os.closerange(0, 64)", "failed"),
+        ("import ctypes; ctypes.string_at(0)", "failed: EOFError"),
+        ("os.abort()", "failed: EOFError"),
+        ("a\0b", "failed"),
+        ("s = '\ud800'", "failed: UnicodeEncodeError"),
+        ("\u00fc = '\u4e2d'", "passed"),
+        ("raise type('passed\\n' * 99, (Exception,), {})", "failed: passed passed"),
+        ("import typing, hashlib, string, heapq, random, datetime, encodings.cp1252", "passed"),
+    ],
+)
+def test_survives(code, expected, folders):
+    """Odd programs get the verdict they deserve."""
+    assert run(body(code)).startswith(expected)
+
+
+@linux
+def test_memory_and_files():
+    """Memory, the size and the number of files are limited."""
+    assert run(body("x = bytearray(100 * 2**30)")) == "failed: MemoryError"
+    assert run(body("x = [0] * 2**33")) == "failed: MemoryError"
+    assert run(body("open('f', 'wb').write(b'x' * 2**25)")) == "failed: OSError"
+    assert run(body("f = [open('f', 'w') for _ in range(99)]")) == "failed: OSError"
+
+
+def test_folder(protection, folders):
+    """The program starts in an empty folder, its home, which goes even if sealed or emptied."""
+    inside = "assert os.listdir('.') == [] and os.path.samefile('.', os.path.expanduser('~'))\n"
+    inside += "import tempfile; assert os.path.samefile('.', tempfile.gettempdir())\n"
+    inside += "assert set(os.environ) <= {'HOME', 'TMPDIR', 'PATH', 'LC_CTYPE'}\nos._exit(0)"
+    assert run(WRONG + inside) == "failed: EOFError"
+    here = f"assert x != 2 or os.getcwd().startswith('{folders}/')\n"  # or this would do harm
+    sealed = (
+        here
+        + "if x == 2:\n    os.makedirs('a/b'); open('a/b/c', 'w').close(); os.symlink('/', 'a/d')\n"
+    )
+    sealed += "    os.chmod('a/b', 0); os.chmod('a', 0); os.chmod('.', 0)"
+    assert run(body(sealed)) == "passed"
+    assert (
+        run(body(here + "import shutil; shutil.rmtree(os.path.expanduser('~'), True)")) == "passed"
+    )
+
+
+def test_deep_folder(folders):
+    """Folders in one another, more than Python can follow by recursion, are removed too."""
+    deep = f"assert x != 2 or os.getcwd().startswith('{folders}/')\nif x == 2:\n    for _ in range({sys.getrecursionlimit()}): os.mkdir('d'); os.chdir('d')"
+    assert run(body(deep)) == "passed"
+
+
+@root
+def test_no_harm_to_others(protection, folders):
+    """Under root nothing outside of the folder can be changed, and no root's file be read."""
+    (folders / "open").mkdir()
+    (folders / "shut").mkdir(mode=0o700)
+    for name in ("open", "shut"):
+        (folders / name / "sentinel").write_text("here")
+    code = f"""
+import shutil
+for name in "open", "shut":
+    shutil.rmtree("{folders}/" + name, ignore_errors=True)
+    try:
+        open("{folders}/" + name + "/sentinel", "w").write("gone")
+        sys.exit()
+    except OSError:
+        pass
+try:
+    open("{folders}/shut/sentinel").read()
+    sys.exit()
+except OSError:
+    pass
+assert os.getuid() and os.geteuid() and os.getgid() and not os.getgroups()
+"""
+    assert run(body(code)) == "passed"
+    for name in ("open", "shut"):
+        assert (folders / name / "sentinel").read_text() == "here"
+        (folders / name / "sentinel").unlink()
+        (folders / name).rmdir()
+
+
+@root
+@pytest.mark.skipif(
+    bool(subprocess.run(["sh", "-c", "unshare -n true"], capture_output=True).returncode),
+    reason="needs network namespaces",
+)
+def test_no_network():
+    """Where the system has network namespaces, not even the machine itself can be reached."""
+    with socket.socket(type=socket.SOCK_DGRAM) as udp, socket.create_server(
+        ("127.0.0.1", 0)
+    ) as tcp:
+        udp.bind(("127.0.0.1", 0))
+        send = (
+            f"import socket; socket.socket(type=socket.SOCK_DGRAM).sendto(b'', {udp.getsockname()})"
+        )
+        connect = f"import socket; socket.create_connection({tcp.getsockname()}, 1)"
+        assert run(body(send)) == "failed: OSError"
+        assert run(body(connect)) in ("failed: OSError", "failed: PermissionError")
+        exec(send + "\n" + connect)  # which is possible outside
+
+
+@root
+@pytest.mark.skipif(not SYSTEM_PYTHON.exists(), reason="needs an interpreter outside of /root")
+@pytest.mark.parametrize("variant", ["all", "no namespaces", "no Landlock", "limits only"])
+def test_ordinary_user(variant, tmp_path):
+    """An ordinary user gets the same verdicts, and no program outlives them or signals another."""
+    grandchild = body("""
+import time
+if x == 2 and os.fork() == 0:
+    os.setsid()
+    if os.fork() == 0:
+        time.sleep(60)
+    os._exit(0)""")
+    cases = {
+        "right": (RIGHT, 3.0),
+        "wrong": (WRONG, 3.0),
+        "loop": (body("while True: pass"), 0.5),
+        "exit": ("    os._exit(0)\n", 3.0),
+        "grandchild": (grandchild, 3.7654321),
+        "network": (body("import socket; socket.create_connection(('127.0.0.1', 9), 1)"), 3.0),
+        "memory": (body("x = bytearray(100 * 2**30)"), 3.0),
+        "sealed": (body("if x == 2: os.makedirs('a/b'); os.chmod('a', 0)"), 3.0),
+        "home": (
+            body(
+                "import shutil; home = os.path.expanduser('~'); assert home.startswith(FOLDER)\n"
+                "shutil.rmtree(home, True)"
+            ),
+            3.0,
+        ),
+        "sentinel": (body("if x == 2: os.remove(SENTINEL)"), 3.0),
+        "truncate": (body("os.truncate(SENTINEL, 0)"), 3.0),
+        "trace": (body("open(f'/proc/{PARENT}/mem', 'rb')"), 3.0),
+        "signal": (body("os.kill(PARENT, 0)"), 3.0),
+    }
+    script = f"""
+import sys, os, json, tempfile
+source, problem, cases = json.load(sys.stdin)
+namespace = {{"__name__": "sandbox"}}
+exec(source, namespace)
+folder = tempfile.mkdtemp()
+tempfile.tempdir = folder
+os.mkdir(folder + "/t")
+sentinel = tempfile.mkdtemp() + "/sentinel"
+open(sentinel, "w").write("here")
+tempfile.tempdir = folder + "/t"
+results = {{}}
+for name, (completion, timeout) in cases.items():
+    completion = completion.replace("SENTINEL", repr(sentinel)).replace("FOLDER", repr(folder)).replace("PARENT", str(os.getpid()))
+    results[name] = namespace["check_correctness"](problem, completion, timeout)["result"]
+results["left"] = os.listdir(tempfile.tempdir)
+results["kept"] = os.path.exists(sentinel) and open(sentinel).read() == "here"
+__import__("shutil").rmtree(folder)
+print(json.dumps(results))
+"""
+    source = pathlib.Path(evaluate.__file__).read_text()
+    start, end = source.index("LIMITS = {"), source.index(
+        "# ----", source.index("def check_correctness")
+    )
+    source = "import json, subprocess, sys, tempfile\n" + source[start:end]
+    if variant in ("no namespaces", "limits only"):
+        source = without(source, "libc.unshare")
+    if variant in ("no Landlock", "limits only"):
+        source = without(source, "libc.syscall")
+    environment = {"PATH": os.environ["PATH"]}
+    done = subprocess.run(
+        [SYSTEM_PYTHON, "-c", script],
+        input=json.dumps([source, PROBLEM, cases]),
+        text=True,
+        capture_output=True,
+        cwd="/",
+        env=environment,
+        user=12345,
+        group=12345,
+        extra_groups=[],
+    )
+    assert done.returncode == 0, done.stderr
+    results = json.loads(done.stdout)
+    assert results["right"] == results["home"] == results["sealed"] == "passed"
+    assert results["wrong"] == "failed: AssertionError"
+    assert results["loop"] == "timed out"
+    assert results["exit"] == "failed: EOFError"
+    assert results["memory"] == "failed: MemoryError"
+    assert results["left"] == []
+    assert results["grandchild"] in ("passed", "failed: BlockingIOError")
+    assert processes("3.7654321") == 0
+    if variant in ("all", "no namespaces") and LANDLOCK > 0:
+        assert results["sentinel"] == results["truncate"] == "failed: PermissionError"
+        assert results["kept"] and results["trace"] == "failed: PermissionError"
+    if variant in ("all", "no namespaces") and LANDLOCK >= 6:
+        assert results["network"] == "failed: PermissionError"
+        assert results["signal"].startswith("failed")
+
+
+def test_two_at_once():
+    """Two threads can judge at the same time."""
+    completions = [RIGHT, WRONG] * 6
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(run, completions))
+    assert results == ["passed", "failed: AssertionError"] * 6
