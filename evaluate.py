@@ -381,7 +381,7 @@ def judge(calls, replies):
         exec(problem["test"] + f"\\ncheck({name})", namespace)
         return "passed"
     except BaseException as error:
-        return f"failed: {type(error).__name__}"
+        return f"failed: {type(error).__name__}"  # EOFError if the worker ended by itself
 
 def finish(result):
     """Kill all descendants (an orphan becomes a child of this process), then report and exit."""
@@ -419,12 +419,9 @@ def restrict():
         libc.syscall(445, rules, 1, rights[:8] + folder, 0)
         libc.syscall(446, rules, 0)
 
-timeout, limits = json.loads(sys.argv[1])
+timeout, limits, user = json.loads(sys.argv[1])
 linux, libc = sys.platform == "linux", ctypes.CDLL(None)
-user = 0 if os.getuid() else 61184 + os.getpid() % 4336  # a number systemd keeps for passing users
-if user:
-    os.chown(".", user, user)
-    # The library may lie below /root, out of that user's reach but for an open descriptor.
+if user:  # the library may lie below /root, out of that user's reach but for an open descriptor
     library = os.path.dirname(os.__file__)
     opened = f"/proc/self/fd/{os.open(library, os.O_RDONLY)}"
     for paths in [sys.path, *(m.__path__ for m in sys.modules.values() if hasattr(m, "__path__"))]:
@@ -466,7 +463,11 @@ def check_correctness(problem: dict, completion: str, timeout: float = 10.0) -> 
     user can and fill the disk, and without root, namespaces and Landlock harm all its user owns.
     """
     folder = tempfile.mkdtemp()
-    settings = json.dumps([timeout, {**LIMITS, "CPU": int(timeout) + 2}])
+    user = 0
+    if os.getuid() == 0:  # one of the numbers that systemd keeps for users of the moment
+        user = 61184 + os.stat(folder).st_ino % 4336
+        os.chown(folder, user, user)
+    settings = json.dumps([timeout, {**LIMITS, "CPU": int(timeout) + 2}, user])
     try:
         output = subprocess.run(
             [sys.executable, "-I", "-S", "-c", RUNNER, settings],

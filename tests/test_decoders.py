@@ -621,7 +621,7 @@ def test_text_ends_at_a_stop_string_at_the_end_of_text_or_with_the_positions(
         evaluate.generate(model, tokenizer, ["x" * 32])
 
 
-@pytest.mark.parametrize("n, c, k", itertools.product([1, 3, 5], [0, 1, 3], [1, 2, 3]))
+@pytest.mark.parametrize("n, c, k", list(itertools.product([1, 3, 5], [0, 1, 3], [1, 2, 3])))
 def test_pass_at_k_is_the_share_of_draws_with_a_pass(n, c, k):
     """Chen et al.'s estimator, against all draws of k among n samples."""
     if c > n or k > n:
