@@ -231,21 +231,22 @@ def generate(model: SuperTransformer, tokenizer: Tokenizer, prompts: list[str],
     padded, cache, phi = not mask.all(), Cache(total), phi or model.maxnet
     draws = [torch.Generator().manual_seed(seed) for seed in seeds or range(len(ids))]
     new: list[list[int]] = [[] for _ in prompts]
-    texts: dict[int, str] = {}                                               # of finished rows
+    running, longest = set(range(len(prompts))), max(map(len, stop), default=0)
     for S in range(P, total):
         s, _ = model.encode(ids, mask[:, :S] if padded else None, phi, cache)
         z = model.logits(s[:, -1])                                           # (B, V)
         ids = z.argmax(-1, keepdim=True) if temperature == 0 else sample(z / temperature, top_p, draws)
         for row, token in enumerate(ids[:, 0].tolist()):
-            if row not in texts:
+            if row in running:
                 new[row].append(token)
-                text = tokenizer.decode(new[row]) if token != end else tokenizer.decode(new[row][:-1])
-                cut = min((i for word in stop if (i := text.find(word)) >= 0), default=None)
-                if cut is not None or token == end:
-                    texts[row] = text[:cut]
-        if len(texts) == len(prompts):
+                tail = tokenizer.decode(new[row][-longest:]) if longest else ""  # a token a letter
+                if token == end or any(word in tail for word in stop):
+                    running.discard(row)
+        if not running:
             break
-    return [texts.get(row, tokenizer.decode(new[row])) for row in range(len(prompts))]
+    texts = tokenizer.decode_batch([row[:-1] if row[-1] == end else row for row in new])
+    return [text[:min((i for word in stop if (i := text.find(word)) >= 0), default=None)]
+            for text in texts]
 
 
 def sample(z: torch.Tensor, top_p: float, draws: list[torch.Generator]) -> torch.Tensor:
@@ -736,7 +737,7 @@ def print_humaneval(args: argparse.Namespace, run: dict, model: SuperTransformer
     settings = {key: getattr(args, key) for key in ("max_new_tokens", "temperature", "top_p")}
     for phi in space:
         if phi.name in wanted:
-            found = humaneval(model.extract(phi), tokenizer, problems,
+            found = humaneval(model.extract(phi).pack(), tokenizer, problems,
                               args.run / f"humaneval-{phi.name}.jsonl", args.samples,
                               args.batch_size, **settings)
             error = found.pop("stderr")

@@ -16,13 +16,13 @@ import data  # noqa: E402
 import evaluate  # noqa: E402
 from model import load_pretrained  # noqa: E402
 
-NEW, PROMPT = 96, "def fibonacci(n: int) -> int:\n    "
+NEW, PROMPT = 64, "def fibonacci(n: int) -> int:\n    "
 
 
 def main(folder: str) -> None:
     from transformers import AutoModelForCausalLM  # the library to compare with, not needed by us
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
-    ours, tokenizer = load_pretrained(folder, dtype=torch.bfloat16), data.load_tokenizer(folder)
+    ours, tokenizer = load_pretrained(folder, dtype=torch.bfloat16).pack(), data.load_tokenizer(folder)
     ids = torch.tensor([tokenizer.encode(PROMPT).ids])
     end = data.end_of_text(tokenizer)
     print(f"{torch.get_num_threads()} threads, {NEW} tokens, torch {torch.__version__}")

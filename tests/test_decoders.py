@@ -687,3 +687,18 @@ def test_no_generated_code_runs_without_leave(run, tmp_path, monkeypatch, capsys
     assert evaluate.main([*allowed, "--subnets", "w0.5-d2", "--max-new-tokens", "4"]) == 0
     assert "w0.5-d2: pass@1 100.0 (± 0.0); 3 problems" in capsys.readouterr().out
     assert len((folder / "humaneval-w0.5-d2.jsonl").read_text().splitlines()) == 3
+
+
+def test_packed_weights_give_the_same_text_and_no_slice_of_them_is_taken(tokenizer):
+    """`pack` is a layout, not another model; a smaller Φ goes by the weights themselves."""
+    for family in (tiny_gpt, tiny_llama):
+        model = family(vocab_size=257).bfloat16()
+        ids, phi = tokens(), random_phi(5, model.head_group)
+        before = [model(ids, phi=p)[0] for p in (None, phi)]
+        model.pack()
+        for p, want in zip((None, phi), before):
+            assert torch.allclose(model(ids, phi=p)[0], want, rtol=0.05, atol=0.1)
+        model.add_stage(2)
+        with pytest.raises(ValueError, match="merge the adapters first"):
+            model.pack()
+    assert tiny_gpt().pack().packed is None  # float32: nothing to gain
