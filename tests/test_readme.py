@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import evaluate
 import mlfs
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -87,6 +88,8 @@ def test_ci_runs_the_readmes_two_commands():
 def test_every_option_that_the_readme_names_exists(capsys):
     with pytest.raises(SystemExit):
         mlfs.main(["--help"])
+    with pytest.raises(SystemExit):
+        evaluate.main(["--help"])
     known = capsys.readouterr().out
     assert all(option in known for option in re.findall(r"--[a-z][a-z0-9-]+", README))
     assert all(
