@@ -156,8 +156,8 @@ def load_code(folder: str | Path) -> dict[str, Rows]:
             else:
                 texts.append((text,))
     if len(texts) < 2:
-        raise ValueError(f"{folder} has {len(texts)} usable Python files; at least 2 are needed, one "
-                         f"to train on and one to validate on (skipped: {skipped})")
+        raise ValueError(f"{folder} has {len(texts)} usable Python files; at least 2 are needed, "
+                         f"one to train on and one to validate on (skipped: {skipped})")
     random.Random(0).shuffle(texts)
     dev = max(1, len(texts) // 20)
     return {"train": Rows(texts[dev:], None, skipped), "dev": Rows(texts[:dev], None)}
@@ -182,7 +182,7 @@ def sources(path: Path) -> Iterator[bytes]:
 
 
 def why_not(text: str) -> str:
-    """Why a file is no good example; "" if it is. Long lines or a notice mean: made by a program."""
+    """Why a file is no good example; "" if it is. Long lines, a notice: made by a program."""
     lines = text.splitlines()
     if not text.strip():
         return "empty"
@@ -317,7 +317,7 @@ def find_inputs(task: str, model: Path | None,
 
 
 def sha256(paths: list[Path]) -> str:
-    """The digest, in hexadecimal, of files in a row; FileNotFoundError names one that is missing."""
+    """The digest, in hexadecimal, of files in a row; FileNotFoundError names a missing one."""
     digest = hashlib.sha256()
     for path in paths:
         if not path.exists():

@@ -116,7 +116,7 @@ def evaluate(model: SuperTransformer, phi: SubnetConfig, task: data.Task,
              splits: dict[str, data.Examples]) -> dict[str, float]:
     """"score" (the task's first metric), "stderr" and every metric, on dev.
 
-    MNLI adds "accuracy_mismatched". Code: the mean over windows of the loss, and its standard error.
+    MNLI adds "accuracy_mismatched". Code: the loss, its mean and standard error over windows.
     """
     if "loss" in task.metrics:
         losses = next_token_losses(model, phi, splits["dev"])
@@ -212,8 +212,8 @@ def generate(model: SuperTransformer, tokenizer: Tokenizer, prompts: list[str],
              phi: SubnetConfig | None = None) -> list[str]:
     """A continuation of each prompt, up to the end of text or the first of the `stop` strings.
 
-    Temperature 0 takes the likeliest token; else one is drawn among the likeliest that hold top_p of
-    the probability, each row with a seed of its own: neighbours in the batch do not change it.
+    Temperature 0 takes the likeliest token; else one is drawn among the likeliest that hold top_p
+    of the probability, each row with a seed of its own: neighbours in the batch do not change it.
     Raises ValueError if a prompt leaves no room for a token.
     """
     device, end = next(model.parameters()).device, data.end_of_text(tokenizer)
@@ -235,7 +235,8 @@ def generate(model: SuperTransformer, tokenizer: Tokenizer, prompts: list[str],
     for S in range(P, total):
         s, _ = model.encode(ids, mask[:, :S] if padded else None, phi, cache)
         z = model.logits(s[:, -1])                                           # (B, V)
-        ids = z.argmax(-1, keepdim=True) if temperature == 0 else sample(z / temperature, top_p, draws)
+        greedy = temperature == 0
+        ids = z.argmax(-1, keepdim=True) if greedy else sample(z / temperature, top_p, draws)
         for row, token in enumerate(ids[:, 0].tolist()):
             if row in running:
                 new[row].append(token)
@@ -291,8 +292,8 @@ def humaneval(model: SuperTransformer, tokenizer: Tokenizer, problems: list[dict
               samples: int = 1, batch_size: int = 16, **settings) -> dict[str, float]:
     """pass@k of `model` for k in 1, 10, 100 up to `samples`, and pass@1's standard error.
 
-    Each judged completion is a line of `path`, with the settings of `generate`; those that are there
-    already are not made again. RUNS GENERATED CODE: see `check_correctness`.
+    Each judged completion is a line of `path`, with the settings of `generate`; those that are
+    there already are not made again. RUNS GENERATED CODE: see `check_correctness`.
     """
     rows = read_lines(path, ("task_id", "sample", "passed", "settings")) if path.exists() else []
     if any(row["settings"] != settings for row in rows):
@@ -323,8 +324,8 @@ def pass_at_k(rows: list[dict], tasks: list[str], samples: int) -> dict[str, flo
             passed[row["task_id"]] += row["passed"]
     means = {f"pass@{k}": [estimate_pass_at_k(samples, c, k) for c in passed.values()]
              for k in (1, 10, 100) if k <= samples}
-    error = np.std(means["pass@1"]) / np.sqrt(len(tasks))
-    return {name: float(np.mean(values)) for name, values in means.items()} | {"stderr": float(error)}
+    error = float(np.std(means["pass@1"]) / np.sqrt(len(tasks)))
+    return {name: float(np.mean(values)) for name, values in means.items()} | {"stderr": error}
 
 
 # Limits of every process that a completion starts: bytes of memory and of a file, and counts.
@@ -631,7 +632,7 @@ def load_run(folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float
     try:
         base, digest, labels = run["base"]["folder"], run["base"]["sha256"], run["num_labels"]
         hp = run["hyper_parameters"]
-        run["data"]["folder"], hp["max_length"], hp["dev_examples"], run["note"]         # all there?
+        run["data"]["folder"], hp["max_length"], hp["dev_examples"], run["note"]     # all there?
         data.TASKS[run["task"]]
         space = [SubnetConfig(row["hidden_size"], row["heads"], row["intermediate_size"],
                               tuple(row["layers"]), row["name"]) for row in run["space"]]
@@ -656,7 +657,8 @@ def check_device(name: str) -> str:
     try:
         torch.zeros(1, device=name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"--device {name} cannot be used here: "
+                         f"{str(error).splitlines()[0]}") from None
     return name
 
 
@@ -699,7 +701,8 @@ def main(argv: Iterable[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.humaneval and not args.allow_code_execution:
         raise ValueError("--humaneval runs programs that a model wrote, which may do harm; nothing "
-                         "was run: add --allow-code-execution if this machine may be exposed to them")
+                         "was run: add --allow-code-execution if this machine may be exposed to "
+                         "them")
     for key in ("samples", "batch_size", "max_new_tokens"):
         if getattr(args, key) < 1:
             raise ValueError(f"--{key.replace('_', '-')} must be at least 1")

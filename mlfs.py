@@ -57,20 +57,20 @@ class HyperParameters:
                                       "(App. A: at most 8, SST-2 3)")
     batch_size: int = setting(64, "|ℬ| (App. A: 128 for QQP, MNLI, QNLI, else 64)")
     learning_rate: float = setting(1e-3, "initial one (App. A: 5e-4 for QNLI, MNLI, else 1e-3)")
-    warmup: float = setting(0.06, "share of a stage's steps in which the learning rate rises (ours)")
-    clip: float = setting(1.0, "largest norm of Eq. 6's gradient; 0 does not clip (ours: unclipped, "
-                          "stage 1 can collapse to one class)")
+    warmup: float = setting(0.06, "share of a stage's steps in which the rate rises (ours)")
+    clip: float = setting(1.0, "largest norm of Eq. 6's gradient; 0 does not clip (ours: "
+                          "unclipped, stage 1 can collapse to one class)")
     max_length: int = setting(128, "tokens per example (App. A)")
-    num_subnets: int = setting(4, "K, subnets per iteration: maxnet, minnet, K-2 at random (Eq. 4; ours)")
-    widths: tuple[float, ...] = setting((1.0, 0.75, 0.5), "shares of heads and FFN neurons in 𝒜 (ours)")
+    num_subnets: int = setting(4, "K, subnets an iteration: maxnet, minnet, K-2 drawn (Eq. 4)")
+    widths: tuple[float, ...] = setting((1.0, 0.75, 0.5), "shares of heads, neurons in 𝒜 (ours)")
     depths: tuple[float, ...] = setting((1.0, 0.75, 0.5), "shares of the layers in 𝒜 (ours)")
     hidden: tuple[float, ...] = setting((1.0,), "shares of the hidden size in 𝒜 (ours)")
     subnets: str = setting("grid", "𝒜: the grid of the shares above, or the subnets whose sizes "
                            "Table 1 (santacoder) or Table 2 (codellama) gives",
                            ("grid", "santacoder", "codellama"))
     reorder: bool = setting(True, "put important heads, neurons first after stage 0 (ours)")
-    adapters: str = setting("low-rank", "train A_s, B_s; or all of W, the full-rank (non-LoRA) MLFS "
-                            "of App. B and the supernets before MLFS", ("low-rank", "full"))
+    adapters: str = setting("low-rank", "train A_s, B_s; or all of W, the full-rank (non-LoRA) "
+                            "MLFS of App. B and the supernets before it", ("low-rank", "full"))
     init: str = setting("pretrained", "start of W; random is the baseline of Figs. 5 and 6",
                         ("pretrained", "random"))
     checkpointing: bool = setting(False, "keep no activations inside layers, compute them again in "
@@ -385,7 +385,7 @@ def mlfs(model: SuperTransformer, examples: data.Examples, space: list[SubnetCon
             losses, seed = {}, (hp.seed, stage, step)
             subnets = sample_sub_transformers(space, stage, hp.num_subnets, seed)              # 6
             for phi in subnets:                                                                # 7
-                s, h = model.encode(**x, phi=phi)        # Π_Φ(W_Sup), in every layer          # 5,8,10
+                s, h = model.encode(**x, phi=phi)            # Π_Φ(W_Sup), in every layer  # 5,8,10
                 if phi == maxnet:                            # α = 0; z_1, h_1 are constants
                     loss = output_loss(model, s, None, y, hp)                                  # 11
                     s_1, h_1 = s.detach(), {l: h[l].detach() for l in U}
@@ -540,8 +540,8 @@ def prepare(args: argparse.Namespace, given: dict) -> tuple[Run, dict | None]:
     torch.manual_seed(hp.seed)
     model = load_pretrained(model_folder, max(1, len(task.labels)), dtype)
     if isinstance(model, Decoder) != (name == "python"):
-        raise ValueError(f"--task {name} needs {'a decoder' if name == 'python' else 'an encoder'}; "
-                         f"{model_folder} is a {type(model).__name__}")
+        kind = "a decoder" if name == "python" else "an encoder"
+        raise ValueError(f"--task {name} needs {kind}; {model_folder} is a {type(model).__name__}")
     if hp.init == "random":
         model.initialise(hp.seed)
     model.gradient_checkpointing = hp.checkpointing
@@ -656,11 +656,12 @@ def announce(run: Run, at: Iteration) -> None:
     n_1, whole = run.model.num_trainable(run.space[0]), run.settings["space"][0]["parameters"]
     head = sum(p.numel() for name, p in run.model.named_parameters()
                if name.split(".")[0] in run.model.head)
-    what = f"A_{at.stage}, B_{at.stage} ({n_1:,} entries)" + (f" and the head ({head:,})" if head else "")
+    what = f"A_{at.stage}, B_{at.stage} ({n_1:,} entries)"
+    what += f" and the head ({head:,})" if head else ""
     if run.hp.adapters == "full":
         what, n_1, head = "all of W", whole, 0
-    print(f"\nStage {at.stage}: {STAGES[at.stage]}; trains {what}, {(n_1 + head) / whole:.1%} of the "
-          f"model; {at.steps:,} steps", flush=True)
+    print(f"\nStage {at.stage}: {STAGES[at.stage]}; trains {what}, {(n_1 + head) / whole:.1%} of "
+          f"the model; {at.steps:,} steps", flush=True)
 
 
 def main(argv: Iterable[str] | None = None) -> int:

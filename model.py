@@ -202,7 +202,7 @@ class SuperTransformer(nn.Module):
     """
     adapted = ("query", "key", "value", "intermediate")      # App. A: QKV, FFN's intermediate
     head = ()                                        # trained in full, shared by all subnets
-    head_group = 1                                   # heads are kept or dropped in groups of so many
+    head_group = 1                                   # heads are kept or dropped by so many
     model_type = architecture = ""                   # the checkpoint world's names of the class
     tensor_names: dict[str, str] = {}                # ours -> the checkpoint's; {}: layer number
     config_names: dict[str, str] = {}                # the same for config.json
@@ -267,7 +267,7 @@ class SuperTransformer(nn.Module):
     def num_trainable(self, phi: SubnetConfig) -> int:
         """n_j: entries of the current {A_s, B_s} that Φ_j uses (Alg. 1 line 9).
 
-        Prop. 2 says "only the LoRA matrices": the head is not counted. Without adapters: all of Φ_j.
+        Prop. 2 says "only the LoRA matrices": the head is not counted. No adapters: all of Φ_j.
         """
         small, adapters = self.skeleton(phi), self.adapted_linears()[0].A
         if not len(adapters):
@@ -497,7 +497,7 @@ class DecoderLayer(nn.Module):
         super().__init__()
         H, D, I = c["hidden_size"], c["head_dim"], c["intermediate_size"]
         N, K = c["num_attention_heads"], c["num_key_value_heads"]
-        self.attention_norm, self.ffn_norm = norm(H, c["layer_norm_eps"]), norm(H, c["layer_norm_eps"])
+        self.attention_norm, self.ffn_norm = (norm(H, c["layer_norm_eps"]) for _ in range(2))
         self.query = ElasticLinear(H, N * D, bias)
         self.key, self.value = ElasticLinear(H, K * D, bias), ElasticLinear(H, K * D, bias)
         self.attention_output = ElasticLinear(N * D, H, bias)
@@ -534,15 +534,15 @@ class Decoder(SuperTransformer):
 
     @property
     def head_group(self) -> int:
-        """Heads that share a key/value head stay together; a single one (multi-query) stays whole."""
+        """Heads that share a key/value head stay together; a single one (multi-query) stays."""
         K = self.config["num_key_value_heads"]
         return self.config["num_attention_heads"] // K if K > 1 else 1
 
     def subnet_config(self, phi: SubnetConfig) -> dict:
         N, K = self.config["num_attention_heads"], self.config["num_key_value_heads"]
         if phi.num_attention_heads % self.head_group:
-            raise ValueError(f"{phi.name} has {phi.num_attention_heads} heads; this model's come in "
-                             f"groups of {self.head_group} that share a key")
+            raise ValueError(f"{phi.name} has {phi.num_attention_heads} heads; this model's come "
+                             f"in groups of {self.head_group} that share a key")
         kept = max(1, phi.num_attention_heads * K // N)
         return super().subnet_config(phi) | {"num_key_value_heads": kept}
 
@@ -594,7 +594,7 @@ class Decoder(SuperTransformer):
         return F.linear(s, self.readout()[0][:, :s.size(-1)]).float()
 
     def readout(self) -> list[Tensor]:
-        """The weights that `logits` reads: a row a token, the embedding's own where they are tied."""
+        """The weights that `logits` reads: a row a token, the embedding's own where tied."""
         return [(self.lm_head or self.word_embeddings).weight]
 
 
@@ -619,10 +619,11 @@ class GPT(Decoder):
         "intermediate_size": "n_inner", "max_position_embeddings": "n_positions",
         "layer_norm_eps": "layer_norm_epsilon", "hidden_act": "activation_function",
     }
-    defaults = {"layer_norm_eps": 1e-5, "hidden_act": "gelu_pytorch_tanh", "intermediate_size": None,
-                "tie_word_embeddings": True, "num_key_value_heads": 1}
-    required = {"multi_query": True, "attention_head_type": "multiquery", "scale_attn_weights": True,
-                "scale_attn_by_inverse_layer_idx": False, "tie_word_embeddings": True}
+    defaults = {"layer_norm_eps": 1e-5, "hidden_act": "gelu_pytorch_tanh",
+                "intermediate_size": None, "tie_word_embeddings": True, "num_key_value_heads": 1}
+    required = {"multi_query": True, "attention_head_type": "multiquery",
+                "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
+                "tie_word_embeddings": True}
     tensor_names = {
         "word_embeddings": "wte", "position_embeddings": "wpe", "final_norm": "ln_f",
         "layers.{}.attention_norm": "h.{}.ln_1",
@@ -650,16 +651,16 @@ class GPT(Decoder):
         name = name.removeprefix("transformer.")
         if re.fullmatch(r"h\.\d+\.attn\.(masked_)?bias", name):        # buffers: the causal mask
             return {}
-        if config["model_type"] == "gpt2" and re.fullmatch(r"h\..*(attn|c_proj|c_fc)\.weight", name):
-            tensor = tensor.T                                            # Conv1D keeps (in, out)
+        conv1d = config["model_type"] == "gpt2" and re.search(r"(attn|c_proj|c_fc)\.weight$", name)
+        tensor = tensor.T if conv1d else tensor                          # Conv1D keeps (in, out)
         for fused, parts in {"c_attn": ("query", "key", "value"), "kv_attn": ("key", "value"),
                              "q_attn": ("query",)}.items():
             if f".attn.{fused}." in name:
                 D, N = config["head_dim"], config["num_attention_heads"]
                 rows = [N * D if part == "query" else D for part in parts]
                 if len(tensor) != sum(rows):
-                    raise ValueError(f"tensor {name!r} has {len(tensor)} rows; config.json asks for "
-                                     f"{sum(rows)}")
+                    raise ValueError(f"tensor {name!r} has {len(tensor)} rows; config.json asks "
+                                     f"for {sum(rows)}")
                 return {name.replace(fused, part): t for part, t in zip(parts, tensor.split(rows))}
         return {name: tensor}
 
@@ -713,14 +714,15 @@ class Llama(Decoder):
 
     def __init__(self, config: dict):
         super().__init__(config, ElasticRMSNorm)
-        self.layers = nn.ModuleList(LlamaLayer(l, config) for l in range(config["num_hidden_layers"]))
+        depth = config["num_hidden_layers"]
+        self.layers = nn.ModuleList(LlamaLayer(l, config) for l in range(depth))
 
     def embed(self, ids: Tensor, positions: Tensor,
               H: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """The embeddings, and cos and sin (B, 1, T, D) of the rotary angles, taken in float32."""
         x, D = self.word_embeddings(ids, H), self.config["head_dim"]
         rates = self.config["rope_theta"] ** -(torch.arange(0, D, 2, device=ids.device) / D)
-        angles = positions[:, None, :, None] * rates                                 # (B, 1, T, D/2)
+        angles = positions[:, None, :, None] * rates                             # (B, 1, T, D/2)
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         return x, (torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1))
 
@@ -768,7 +770,8 @@ def read_config(folder: Path) -> dict:
     config |= {ours: config.pop(theirs) for ours, theirs in family.config_names.items()
                if theirs in given}
     if family is GPT:                                # null, or absent, means four times the width
-        config["intermediate_size"] = config["intermediate_size"] or 4 * config.get("hidden_size", 0)
+        whole = config["intermediate_size"]
+        config["intermediate_size"] = 4 * config.get("hidden_size", 0) if whole is None else whole
         if given["model_type"] == "gpt2":            # which has one key a head unless it says so
             config.setdefault("attention_head_type", "multihead")
     heads, hidden = config.get("num_attention_heads"), config.get("hidden_size")
@@ -813,8 +816,9 @@ def checkpoint_files(folder: str | Path) -> list[Path]:
     if index.exists():
         places = read_json(index).get("weight_map")
         names = set(places.values()) if isinstance(places, dict) else {None}
-        if not all(isinstance(n, str) and n.endswith(".safetensors") and "/" not in n for n in names):
-            raise ValueError(f"{index}: weight_map must map tensors to .safetensors files beside it")
+        if not all(isinstance(n, str) and re.fullmatch(r"[^/\\]+\.safetensors", n) for n in names):
+            raise ValueError(f"{index}: weight_map must map tensors to .safetensors files beside "
+                             f"it")
         return [whole.with_name(name) for name in sorted(names)]
     pickles = sorted(p.name for pattern in ("*.bin", "*.pt*") for p in Path(folder).glob(pattern))
     if pickles:
@@ -861,8 +865,8 @@ def load_pretrained(folder: str | Path, num_labels: int | None = None,
     if getattr(model, "lm_head", 0) is None and "lm_head.weight" in found:       # a tied copy
         if not torch.equal(found.pop("lm_head.weight"),
                            found.get(checkpoint_name(family, "word_embeddings.weight"))):
-            raise ValueError(f"{folder}: tensor 'lm_head.weight' differs from the embedding, though "
-                             f"config.json ties them (tie_word_embeddings)")
+            raise ValueError(f"{folder}: tensor 'lm_head.weight' differs from the embedding, "
+                             f"though config.json ties them (tie_word_embeddings)")
     state = {}
     for name, p in model.named_parameters():
         key = checkpoint_name(family, name)
