@@ -143,9 +143,19 @@ def depth_order(layers: tuple[int, ...]) -> tuple[int, ...]:
     return depth_order(kept) + depth_order(tuple(l for l in layers if l not in kept))
 
 
+def outside_in(layers: tuple[int, ...]) -> tuple[int, ...]:
+    """The order for decoders: the last, the first, the last but one, the second, ...
+
+    So a shallow subnet lacks a block in the middle: the layers of a pre-LN model add to one residual
+    stream, those in the middle add the least, and without the first nothing works (README).
+    """
+    return tuple(l for pair in zip(layers[::-1], layers) for l in pair)[:len(layers)]
+
+
 def configuration_space(maxnet: SubnetConfig, widths: Iterable[float] = (1, 0.75, 0.5),
                         depths: Iterable[float] = (1, 0.75, 0.5),
-                        hidden: Iterable[float] = (1,), head_group: int = 1) -> list[SubnetConfig]:
+                        hidden: Iterable[float] = (1,), head_group: int = 1,
+                        depth_order: Callable = depth_order) -> list[SubnetConfig]:
     """𝒜 (Sec. 4), all combinations: the first is the maxnet Φ_1, the last the minnet Φ_min.
 
     Width shares heads (in whole groups of head_group) and FFN neurons; depth shares layers (halves
@@ -174,7 +184,7 @@ def configuration_space(maxnet: SubnetConfig, widths: Iterable[float] = (1, 0.75
 
 
 def nested(depth: int, kept: int) -> tuple[int, ...]:
-    return tuple(sorted(depth_order(tuple(range(depth)))[:kept]))
+    return tuple(sorted(outside_in(tuple(range(depth)))[:kept]))
 
 
 # The paper gives only the sizes of its decoders (Tables 1 and 2); which shapes is our choice.
@@ -551,7 +561,8 @@ def prepare(args: argparse.Namespace, given: dict) -> tuple[Run, dict | None]:
                          f"{model_folder}")
     hp = dataclasses.replace(hp, max_length=min(hp.max_length, positions))
     if hp.subnets == "grid":
-        space = configuration_space(model.maxnet, hp.widths, hp.depths, hp.hidden, model.head_group)
+        space = configuration_space(model.maxnet, hp.widths, hp.depths, hp.hidden, model.head_group,
+                                    outside_in if isinstance(model, Decoder) else depth_order)
     else:
         space = SUBNETS[hp.subnets]
         if space[0] != model.maxnet:

@@ -226,6 +226,18 @@ NUMBERS = {  # of the checkpoints' own configurations
 }
 
 
+@pytest.mark.parametrize("depth", [1, 2, 5, 24])
+def test_a_shallow_decoder_lacks_a_block_in_the_middle(depth):
+    """Every prefix of the order keeps the ends, and what is dropped are neighbours, half way."""
+    layers = tuple(range(depth))
+    for kept in range(1, depth + 1):
+        some = set(mlfs.outside_in(layers)[:kept])
+        gone = sorted(set(layers) - some)
+        assert len(some) == kept and depth - 1 in some and (kept == 1 or 0 in some)
+        assert not gone or gone == list(range(gone[0], gone[-1] + 1))
+        assert not gone or abs(gone[0] + gone[-1] - (depth - 1)) <= 1
+
+
 def by_hand(name: str, heads: int, F: int, L: int) -> int:
     """Parameters of SantaCoder's and CodeLlama's kind, from their shapes."""
     if name == "santacoder":
