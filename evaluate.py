@@ -276,28 +276,37 @@ def estimate_pass_at_k(n: int, c: int, k: int) -> float:
 
 def read_lines(path: Path, keys: Iterable[str]) -> list[dict]:
     """A row for each line of *.jsonl or *.jsonl.gz; ValueError names file, line and missing key."""
+    if not path.exists():
+        raise FileNotFoundError(f"there is no {path}")
     rows: list[dict] = []
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
             for line in file:
-                rows.append(json.loads(line))
-                if missing := [key for key in keys if key not in rows[-1]]:
+                row = json.loads(line)
+                if missing := [key for key in keys if key not in row]:
                     raise ValueError(f"there is no {missing[0]!r}")
+                rows.append(row)
     except (EOFError, zlib.error, gzip.BadGzipFile, ValueError, TypeError) as error:
-        raise ValueError(f"{path}, line {max(1, len(rows))}: {error}") from None
+        raise ValueError(f"{path}, line {len(rows) + 1}: {error}") from None
     return rows
 
 
 def humaneval(model: SuperTransformer, tokenizer: Tokenizer, problems: list[dict], path: Path,
-              samples: int = 1, batch_size: int = 16, **settings) -> dict[str, float]:
+              origin: dict, samples: int = 1, batch_size: int = 16, **settings) -> dict[str, float]:
     """pass@k of `model` for k in 1, 10, 100 up to `samples`, and pass@1's standard error.
 
-    Each judged completion is a line of `path`, with the settings of `generate`; those that are
-    there already are not made again. RUNS GENERATED CODE: see `check_correctness`.
+    Each judged completion is a line of `path`, with the settings of `generate` and the model's
+    origin; those that are there already are not made again, and ValueError is raised if they are of
+    another origin or other settings. RUNS GENERATED CODE: see `check_correctness`.
     """
-    rows = read_lines(path, ("task_id", "sample", "passed", "settings")) if path.exists() else []
-    if any(row["settings"] != settings for row in rows):
-        raise ValueError(f"{path} holds completions made with other settings; move it away first")
+    rows, made = [], origin | settings
+    if path.exists():
+        text = path.read_text(encoding="utf-8")
+        with replacing(path) as beside:              # without a last line that a crash cut short
+            beside.write_text(text[:text.rfind("\n") + 1], encoding="utf-8")
+        rows = read_lines(path, ("task_id", "sample", "passed", "made"))
+    if odd := [key for row in rows for key in made if row["made"].get(key) != made[key]]:
+        raise ValueError(f"{path} holds completions made with another {odd[0]}; move it away first")
     done = {(row["task_id"], row["sample"]) for row in rows}
     todo = [(i, n) for n in range(samples) for i, problem in enumerate(problems)
             if (problem["task_id"], n) not in done]
@@ -310,7 +319,7 @@ def humaneval(model: SuperTransformer, tokenizer: Tokenizer, problems: list[dict
             verdicts = pool.map(check_correctness, [problems[i] for i, _ in batch], texts)
             for (i, n), text, verdict in zip(batch, texts, verdicts):
                 rows.append({"task_id": problems[i]["task_id"], "sample": n, "completion": text,
-                             "settings": settings} | verdict)
+                             "made": made} | verdict)
                 file.write(json.dumps(rows[-1]) + "\n")
             file.flush()
     return pass_at_k(rows, [problem["task_id"] for problem in problems], samples)
@@ -524,8 +533,8 @@ def take_folder(folder: Path, settings: dict, resume: bool, overwrite: bool) -> 
         raise FileExistsError(f"{folder} exists already; go on with --resume, replace it with "
                               f"--overwrite, or choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
-    for name in RUN_FILES:
-        (folder / name).unlink(missing_ok=True)
+    for path in [folder / name for name in RUN_FILES] + [*folder.glob("humaneval-*.jsonl")]:
+        path.unlink(missing_ok=True)
     write_json(folder / "run.json", settings)
     return settings
 
@@ -738,10 +747,11 @@ def print_humaneval(args: argparse.Namespace, run: dict, model: SuperTransformer
         raise ValueError(f"--subnets: there is no {unknown[0]!r}; this palette has "
                          f"{', '.join(names)}")
     settings = {key: getattr(args, key) for key in ("max_new_tokens", "temperature", "top_p")}
+    origin = {"adapters": data.sha256([args.run / "adapters.safetensors"]), "dtype": args.dtype}
     for phi in space:
         if phi.name in wanted:
             found = humaneval(model.extract(phi).pack(), tokenizer, problems,
-                              args.run / f"humaneval-{phi.name}.jsonl", args.samples,
+                              args.run / f"humaneval-{phi.name}.jsonl", origin, args.samples,
                               args.batch_size, **settings)
             error = found.pop("stderr")
             print(f"{phi.name}: " + ", ".join(f"{k} {100 * v:.1f}" for k, v in found.items())

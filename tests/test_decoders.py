@@ -618,6 +618,7 @@ def test_text_ends_at_a_stop_string_at_the_end_of_text_or_with_the_positions(
     tokenizer, monkeypatch
 ):
     model = tiny_gpt(vocab_size=257)
+
     def say(text: str) -> None:
         ids = iter(tokenizer.encode(text).ids)
         monkeypatch.setattr(
@@ -667,18 +668,23 @@ def test_humaneval_judges_resumes_and_refuses_other_settings(tmp_path, monkeypat
 
     monkeypatch.setattr(evaluate, "generate", fake)
     path, settings = tmp_path / "out.jsonl", {"temperature": 0.5}
-    assert evaluate.humaneval(None, None, PROBLEMS, path, **settings)["pass@1"] == pytest.approx(
-        1 / 3
-    )
+    assert evaluate.humaneval(None, None, PROBLEMS, path, {"dtype": "float32"}, **settings)[
+        "pass@1"
+    ] == pytest.approx(1 / 3)
     assert len(asked) == 3
     lines = path.read_text().splitlines(keepends=True)
-    path.write_text("".join(lines[:2]))  # stopped after two
-    found = evaluate.humaneval(None, None, PROBLEMS, path, samples=2, batch_size=2, **settings)
+    path.write_text("".join(lines[:2]) + lines[2][:9])  # killed while it wrote the third
+    found = evaluate.humaneval(
+        None, None, PROBLEMS, path, {"dtype": "float32"}, samples=2, batch_size=2, **settings
+    )
     assert len(asked) == 3 + 1 + 3 and found["pass@1"] == pytest.approx((0.5 + 0.5) / 3)
     assert found["stderr"] == pytest.approx(np.std([0, 0.5, 0.5]) / 3**0.5)
     assert {json.loads(line)["passed"] for line in path.read_text().splitlines()} == {True, False}
-    with pytest.raises(ValueError, match="other settings"):
-        evaluate.humaneval(None, None, PROBLEMS, path, temperature=0.0)
+    for dtype, temperature, odd in (("bfloat16", 0.5, "dtype"), ("float32", 0.0, "temperature")):
+        with pytest.raises(ValueError, match=f"made with another {odd}; move it away"):
+            evaluate.humaneval(
+                None, None, PROBLEMS, path, {"dtype": dtype}, temperature=temperature
+            )
 
 
 def test_no_generated_code_runs_without_leave(run, tmp_path, monkeypatch, capsys):
