@@ -291,7 +291,7 @@ def find_inputs(task: str, model: Path | None,
         return task, model or toy, glue, ""
     if task == "python":                             # by default, this Python's standard library
         coder = model or DOWNLOADS / "santacoder"
-        if not (coder / "config.json").exists():
+        if not model and not any(coder.glob("model*.safetensors")):
             try:
                 download_model(SANTACODER, coder)
             except OSError as error:
