@@ -433,8 +433,11 @@ def encode(tokenizer: Tokenizer, rows: Rows, max_length: int) -> Examples:
     if rows.labels is None:
         tokenizer.no_truncation()
         files, end = [text for text, in rows.texts], [end_of_text(tokenizer)]
-        encodings = tokenizer.encode_batch_fast(files, add_special_tokens=False)
-        stream = np.concatenate([np.array(e.ids + end, dtype=np.int32) for e in encodings])
+        stream = [np.zeros(0, dtype=np.int32)]
+        for start in range(0, len(files), 1024):     # a bounded number of bulky Encodings at a time
+            some = tokenizer.encode_batch_fast(files[start:start + 1024], add_special_tokens=False)
+            stream += [np.array(encoding.ids + end, dtype=np.int32) for encoding in some]
+        stream = np.concatenate(stream)
         windows = np.split(stream, range(max_length, len(stream), max_length))
         return Examples([w for w in windows if len(w) > 1], None, None)
     tokenizer.enable_truncation(max_length, strategy="longest_first")

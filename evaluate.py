@@ -213,8 +213,8 @@ def generate(model: SuperTransformer, tokenizer: Tokenizer, prompts: list[str],
     """A continuation of each prompt, up to the end of text or the first of the `stop` strings.
 
     Temperature 0 takes the likeliest token; else one is drawn among the likeliest that hold top_p
-    of the probability, each row with a seed of its own: neighbours in the batch do not change it.
-    Raises ValueError if a prompt leaves no room for a token.
+    of the probability, each row with a seed of its own: neighbours in the batch do not change it,
+    unless the longest meets the model's last position. ValueError if it leaves no room for a token.
     """
     device, end = next(model.parameters()).device, data.end_of_text(tokenizer)
     tokenizer.no_padding()
@@ -245,9 +245,11 @@ def generate(model: SuperTransformer, tokenizer: Tokenizer, prompts: list[str],
                     running.discard(row)
         if not running:
             break
-    texts = tokenizer.decode_batch([row[:-1] if row[-1] == end else row for row in new])
-    return [text[:min((i for word in stop if (i := text.find(word)) >= 0), default=None)]
-            for text in texts]
+    texts = []
+    for before, after in zip(encoded, new):  # alone, the new part may lose its first space
+        text = tokenizer.decode(before + after)[len(tokenizer.decode(before)):]
+        texts.append(text[:min((i for word in stop if (i := text.find(word)) >= 0), default=None)])
+    return texts
 
 
 def sample(z: torch.Tensor, top_p: float, draws: list[torch.Generator]) -> torch.Tensor:
@@ -261,7 +263,7 @@ def sample(z: torch.Tensor, top_p: float, draws: list[torch.Generator]) -> torch
 # ------------------------------------------------------------------------------------- HumanEval
 
 STOP = ("\nclass", "\ndef", "\n#", "\nif", "\nprint", "\n@")           # the function has ended
-TASK_KEYS = ("task_id", "prompt", "entry_point", "test")
+TASK_KEYS = dict.fromkeys(("task_id", "prompt", "entry_point", "test"), str)
 
 
 def estimate_pass_at_k(n: int, c: int, k: int) -> float:
@@ -274,7 +276,7 @@ def estimate_pass_at_k(n: int, c: int, k: int) -> float:
     return 1 - math.comb(n - c, k) / math.comb(n, k)
 
 
-def read_lines(path: Path, keys: Iterable[str]) -> list[dict]:
+def read_lines(path: Path, keys: dict[str, type]) -> list[dict]:
     """A row for each line of *.jsonl or *.jsonl.gz; ValueError names file, line and missing key."""
     if not path.exists():
         raise FileNotFoundError(f"there is no {path}")
@@ -283,10 +285,10 @@ def read_lines(path: Path, keys: Iterable[str]) -> list[dict]:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
             for line in file:
                 row = json.loads(line)
-                if missing := [key for key in keys if key not in row]:
-                    raise ValueError(f"there is no {missing[0]!r}")
+                if missing := [key for key in keys if not isinstance(row.get(key), keys[key])]:
+                    raise ValueError(f"there is no {missing[0]!r}, or it is of the wrong type")
                 rows.append(row)
-    except (EOFError, zlib.error, gzip.BadGzipFile, ValueError, TypeError) as error:
+    except (EOFError, zlib.error, gzip.BadGzipFile, ValueError, AttributeError) as error:
         raise ValueError(f"{path}, line {len(rows) + 1}: {error}") from None
     return rows
 
@@ -304,7 +306,7 @@ def humaneval(model: SuperTransformer, tokenizer: Tokenizer, problems: list[dict
         text = path.read_text(encoding="utf-8")
         with replacing(path) as beside:              # without a last line that a crash cut short
             beside.write_text(text[:text.rfind("\n") + 1], encoding="utf-8")
-        rows = read_lines(path, ("task_id", "sample", "passed", "made"))
+        rows = read_lines(path, {"task_id": str, "sample": int, "passed": bool, "made": dict})
     if odd := [key for row in rows for key in made if row["made"].get(key) != made[key]]:
         raise ValueError(f"{path} holds completions made with another {odd[0]}; move it away first")
     done = {(row["task_id"], row["sample"]) for row in rows}
@@ -622,7 +624,7 @@ def write_palette(folder: Path, settings: dict, task: data.Task, rows: list[dict
 def peak_memory(device: str) -> int:
     """Bytes: the process's largest resident size; on a GPU, the largest allocation there."""
     if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated()
+        return torch.cuda.max_memory_allocated(device)
     try:
         import resource                                              # absent on Windows
     except ImportError:
@@ -641,6 +643,7 @@ def load_run(folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float
     try:
         base, digest, labels = run["base"]["folder"], run["base"]["sha256"], run["num_labels"]
         hp = run["hyper_parameters"]
+        random_start, seed = hp["init"] == "random", hp["seed"]
         run["data"]["folder"], hp["max_length"], hp["dev_examples"], run["note"]     # all there?
         data.TASKS[run["task"]]
         space = [SubnetConfig(row["hidden_size"], row["heads"], row["intermediate_size"],
@@ -653,8 +656,8 @@ def load_run(folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float
         raise ValueError(f"{base} is not the checkpoint that {folder} was trained on: sha256 "
                          f"differs")
     model = load_pretrained(base, labels, dtype)
-    if hp["init"] == "random":
-        model.initialise(hp["seed"])
+    if random_start:
+        model.initialise(seed)
     model.load_trained_state(state)
     return run, model.to(device), space
 
@@ -684,8 +687,8 @@ def exit_on_bad_input(main: Callable[[], int]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nstopped; `python mlfs.py` with the same options and --resume goes on from the "
-              "last checkpoint", file=sys.stderr)
+        print("\nstopped; the same command goes on from what is stored (mlfs.py: with --resume)",
+              file=sys.stderr)
         return 130
 
 
@@ -697,11 +700,11 @@ def main(argv: Iterable[str] | None = None) -> int:
     parser.add_argument("--device", default="cpu", help="cpu, cuda, ...; default cpu")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"),
                         help="of the frozen weights; default float32")
+    parser.add_argument("--subnets", help="names, separated by commas; default: the whole palette")
     group = parser.add_argument_group("HumanEval")
     group.add_argument("--humaneval", type=Path, metavar="FILE", help="HumanEval.jsonl.gz")
     group.add_argument("--allow-code-execution", action="store_true",
                        help="run the generated programs, as the verdict needs")
-    group.add_argument("--subnets", help="names, separated by commas; default: the whole palette")
     group.add_argument("--samples", type=int, default=1, help="per problem; default 1")
     group.add_argument("--batch-size", type=int, default=16, help="default 16")
     group.add_argument("--max-new-tokens", type=int, default=256, help="default 256")
@@ -715,10 +718,20 @@ def main(argv: Iterable[str] | None = None) -> int:
     for key in ("samples", "batch_size", "max_new_tokens"):
         if getattr(args, key) < 1:
             raise ValueError(f"--{key.replace('_', '-')} must be at least 1")
-    if not (args.temperature >= 0 and 0 < args.top_p <= 1):
-        raise ValueError("--temperature must be at least 0, --top-p above 0 and at most 1")
+    if not ((args.temperature == 0 or args.temperature >= 1e-3) and 0 < args.top_p <= 1):
+        raise ValueError("--temperature must be 0 or at least 0.001, --top-p above 0 and at most 1")
+    if args.samples > 1 and args.temperature == 0:
+        raise ValueError("--samples above 1 need a --temperature: greedy text is always the same")
     problems = read_lines(args.humaneval, TASK_KEYS) if args.humaneval else []
+    if args.humaneval and not problems:
+        raise ValueError(f"{args.humaneval} has no problems")
     run, model, space = load_run(args.run, check_device(args.device), getattr(torch, args.dtype))
+    names = [phi.name for phi in space]
+    wanted = args.subnets.split(",") if args.subnets else names
+    if unknown := [name for name in wanted if name not in names]:
+        raise ValueError(f"--subnets: there is no {unknown[0]!r}; this palette has "
+                         f"{', '.join(names)}")
+    space = [phi for phi in space if phi.name in wanted]
     tokenizer = data.load_tokenizer(run["base"]["folder"], model.config["vocab_size"])
     if run["note"]:
         print(run["note"])
@@ -741,22 +754,17 @@ def print_humaneval(args: argparse.Namespace, run: dict, model: SuperTransformer
     """A line per subnet; its completions go to humaneval-SUBNET.jsonl in the run folder."""
     if not isinstance(model, Decoder):
         raise ValueError(f"{args.run} is an encoder; --humaneval needs one that generates text")
-    names = [phi.name for phi in space]
-    wanted = args.subnets.split(",") if args.subnets else names
-    if unknown := [name for name in wanted if name not in names]:
-        raise ValueError(f"--subnets: there is no {unknown[0]!r}; this palette has "
-                         f"{', '.join(names)}")
     settings = {key: getattr(args, key) for key in ("max_new_tokens", "temperature", "top_p")}
-    origin = {"adapters": data.sha256([args.run / "adapters.safetensors"]), "dtype": args.dtype}
+    origin = {"adapters": data.sha256([args.run / "adapters.safetensors"]),
+              "problems": data.sha256([args.humaneval]), "dtype": args.dtype}
     for phi in space:
-        if phi.name in wanted:
-            found = humaneval(model.extract(phi).pack(), tokenizer, problems,
-                              args.run / f"humaneval-{phi.name}.jsonl", origin, args.samples,
-                              args.batch_size, **settings)
-            error = found.pop("stderr")
-            print(f"{phi.name}: " + ", ".join(f"{k} {100 * v:.1f}" for k, v in found.items())
-                  + f" (± {100 * error:.1f}); {len(problems)} problems, {args.samples} samples "
-                  f"each, {args.dtype}", flush=True)
+        path = args.run / f"humaneval-{phi.name}.jsonl"
+        found = humaneval(model.extract(phi).pack(), tokenizer, problems, path, origin,
+                          args.samples, args.batch_size, **settings)
+        error = found.pop("stderr")
+        print(f"{phi.name}: " + ", ".join(f"{k} {100 * v:.1f}" for k, v in found.items())
+              + f" (± {100 * error:.1f}); {len(problems)} problems, {args.samples} samples each, "
+              f"{args.dtype}", flush=True)
 
 
 if __name__ == "__main__":

@@ -100,7 +100,7 @@ class HyperParameters:
             "clip must be at least 0": self.clip >= 0,
             "max_length must be at least 4": self.max_length >= 4,
             "num_subnets must be at least 1": self.num_subnets >= 1,
-            "seed must be at least 0": self.seed >= 0,
+            "seed must lie in [0, 2^32)": 0 <= self.seed < 2 ** 32,
             "train_examples must be at least 0": self.train_examples >= 0,
             "dev_examples must be at least 0": self.dev_examples >= 0,
             "validate_every must be at least 0": self.validate_every >= 0,
@@ -146,8 +146,8 @@ def depth_order(layers: tuple[int, ...]) -> tuple[int, ...]:
 def outside_in(layers: tuple[int, ...]) -> tuple[int, ...]:
     """The order for decoders: the last, the first, the last but one, the second, ...
 
-    So a shallow subnet lacks a block in the middle: the layers of a pre-LN model add to one residual
-    stream, those in the middle add the least, and without the first nothing works (README).
+    So a shallow subnet lacks a block in the middle: the layers of a pre-LN model add to one
+    residual stream, the middle adds the least, and without the first nothing works (README).
     """
     return tuple(l for pair in zip(layers[::-1], layers) for l in pair)[:len(layers)]
 
@@ -251,7 +251,7 @@ class InChunks(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, loss: Callable, size: int, s: Tensor, *weights: Tensor) -> Tensor:
-        total, ds, dW = 0.0, torch.zeros_like(s), [torch.zeros_like(W) for W in weights]
+        total, ds, dW = 0.0, torch.zeros_like(s), [None] * len(weights)
         wanted = [i for i, W in enumerate(weights) if W.requires_grad]
         for start in range(0, len(s), size):
             rows = slice(start, start + size)
@@ -261,13 +261,13 @@ class InChunks(torch.autograd.Function):
             d, *d_wanted = torch.autograd.grad(value, [part, *(weights[i] for i in wanted)])
             total, ds[rows] = total + value.detach(), d
             for i, d in zip(wanted, d_wanted):
-                dW[i] += d
+                dW[i] = d if dW[i] is None else dW[i] + d
         ctx.save_for_backward(ds, *dW)
         return total
 
     @staticmethod
     def backward(ctx, g: Tensor) -> tuple:
-        return None, None, *(g * d for d in ctx.saved_tensors)
+        return None, None, *(None if d is None else g * d for d in ctx.saved_tensors)
 
 
 def output_loss(model: SuperTransformer, s_j: Tensor, s_1: Tensor | None, y: Tensor,
@@ -527,8 +527,11 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, dict]:
             options["action"] = argparse.BooleanOptionalAction
         elif isinstance(default, tuple):
             def numbers(text: str, kind=type(default[0])) -> tuple:      # 2/3 is a share, too
-                return tuple(kind(Fraction(part)) if kind is float else kind(part)
-                             for part in text.split(","))
+                try:
+                    return tuple(kind(Fraction(part)) if kind is float else kind(part)
+                                 for part in text.split(","))
+                except ZeroDivisionError as error:
+                    raise ValueError(text) from error
             options |= {"type": numbers, "metavar": "A,B,C"}
         else:
             options |= {"type": type(default), "choices": field.metadata["choices"]}
@@ -566,8 +569,11 @@ def prepare(args: argparse.Namespace, given: dict) -> tuple[Run, dict | None]:
     else:
         space = SUBNETS[hp.subnets]
         if space[0] != model.maxnet:
-            raise ValueError(f"--subnets {hp.subnets} slices a model of {space[0].name} "
-                             f"({space[0]}), and {model_folder} is {model.maxnet}")
+            raise ValueError(f"--subnets {hp.subnets} is not for {model_folder}: that is a model "
+                             f"of {model.maxnet.name}, hidden size {model.maxnet.hidden_size}, not "
+                             f"{space[0].name}, {space[0].hidden_size}")
+        if shares := [key for key in ("widths", "depths", "hidden") if key in given]:
+            raise ValueError(f"--{shares[0]} and --subnets {hp.subnets} contradict each other")
     tokenizer = data.load_tokenizer(model_folder, model.config["vocab_size"])
     rows = data.load_task(name, data_folder)
     splits = {split: data.encode(tokenizer, part, hp.max_length) for split, part in rows.items()}
@@ -639,11 +645,12 @@ def train(run: Run, resume: dict | None) -> None:
                 bar.set_postfix_str(text, refresh=False)
                 if at.step % 10 == 0 or at.step == at.steps:
                     log(at, loss=at.losses, gradient_norm=at.norm, learning_rate=at.rate)
-            if hp.validate_every and at.step % hp.validate_every == 0:
+            fresh = at.losses or at.step == 0                        # not a stage gone on with
+            if fresh and hp.validate_every and at.step % hp.validate_every == 0:
                 log(at, validation=run.validate())
             if at.step == at.steps or (at.losses and at.step % 200 == 0):        # a checkpoint
                 settings["seconds"][at.stage] += time.monotonic() - started
-                if at.stage > 0:
+                if at.stage > 0 and fresh:
                     score = run.held_out_score()
                     log(at, held_out=score, at_stage_start=start_score)
                     metric = run.task.metrics[0]
@@ -679,12 +686,13 @@ def main(argv: Iterable[str] | None = None) -> int:
     run, resume = prepare(*parse_arguments(list(sys.argv[1:] if argv is None else argv)))
     s, hp, space, metric = run.settings, run.hp, run.space, run.task.metrics[0]
     size, skipped = s["space"][0]["parameters"] / 1e6, s["data"].get("skipped", {})
+    rank = f"r = {hp.rank}" if hp.adapters == "low-rank" else "full rank"
     print(f"MLFS on {s['task']}: {Path(s['base']['folder']).name} "
           f"({type(run.model).__name__}, {size:.1f}M parameters); {s['data']['train']:,} examples "
           f"to train on, {s['data']['held_out']:,} held out, {s['data']['dev']:,} dev"
-          + ("; skipped files: " + ", ".join(f"{n} {why}" for why, n in skipped.items()) if skipped
-             else "") + "\n"
-          f"𝒜: {len(space)} subnets, {space[0].name} to {space[-1].name}; r = {hp.rank}, "
+          + ("; skipped files: " + ", ".join(f"{n} {why}" for why, n in skipped.items() if n)
+             if any(skipped.values()) else "") + "\n"
+          f"𝒜: {len(space)} subnets, {space[0].name} to {space[-1].name}; {rank}, "
           f"α = {hp.alpha:g}, γ = {hp.gamma:g}; {s['device']}, {s['dtype']}, seed {hp.seed}; "
           f"writes {run.folder}/", flush=True)
     train(run, resume)

@@ -54,7 +54,8 @@ def pack(weight: Tensor) -> Tensor | None:
     On a CPU in bfloat16 it makes the product of a few tokens 1.4 to 1.7 times as fast. The two
     operators are those that torch's own compiler uses; they have no public name.
     """
-    if weight.device.type != "cpu" or weight.dtype != torch.bfloat16:
+    here = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if weight.device.type != "cpu" or weight.dtype != torch.bfloat16 or not here:
         return None
     return torch.ops.mkldnn._reorder_linear_weight(weight.detach())
 
@@ -698,7 +699,7 @@ class Llama(Decoder):
     model_type, architecture = "llama", "LlamaForCausalLM"
     config_names = {"layer_norm_eps": "rms_norm_eps"}
     defaults = {"layer_norm_eps": 1e-6, "hidden_act": "silu", "tie_word_embeddings": False}
-    required = {"attention_bias": False, "mlp_bias": False}
+    required = {"attention_bias": False, "mlp_bias": False, "partial_rotary_factor": 1.0}
     tensor_names = {
         "word_embeddings": "model.embed_tokens", "final_norm": "model.norm", "lm_head": "lm_head",
         "layers.{}.attention_norm": "model.layers.{}.input_layernorm",
@@ -762,7 +763,10 @@ def read_config(folder: Path) -> dict:
     """
     path = folder / "config.json"
     given = read_json(path)
-    if given.get("model_type") not in FAMILIES:
+    for key in ("head_dim", "num_key_value_heads", "rope_theta"):    # null is as good as nothing
+        if given.get(key, 0) is None:
+            del given[key]
+    if given.get("model_type") not in list(FAMILIES):
         raise ValueError(f"{path}: model_type {given.get('model_type')!r} is not supported; choose "
                          f"from {', '.join(FAMILIES)}")
     family = FAMILIES[given["model_type"]]
@@ -770,8 +774,8 @@ def read_config(folder: Path) -> dict:
     config |= {ours: config.pop(theirs) for ours, theirs in family.config_names.items()
                if theirs in given}
     if family is GPT:                                # null, or absent, means four times the width
-        whole = config["intermediate_size"]
-        config["intermediate_size"] = 4 * config.get("hidden_size", 0) if whole is None else whole
+        if config["intermediate_size"] is None and type(config.get("hidden_size")) is int:
+            config["intermediate_size"] = 4 * config["hidden_size"]
         if given["model_type"] == "gpt2":            # which has one key a head unless it says so
             config.setdefault("attention_head_type", "multihead")
     heads, hidden = config.get("num_attention_heads"), config.get("hidden_size")
@@ -783,10 +787,14 @@ def read_config(folder: Path) -> dict:
     config.setdefault("num_key_value_heads", heads)
     if family is Llama:
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        rope = rope if isinstance(rope, dict) else {"type": rope}
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind != "default":
             raise ValueError(f"{path}: rotary scaling {kind!r} is not supported")
-        config["rope_theta"] = float(rope.get("rope_theta", config.get("rope_theta", 1e4)))
+        theta = rope.get("rope_theta", config.get("rope_theta", 1e4))
+        if type(theta) not in (int, float) or not theta > 0:
+            raise ValueError(f"{path}: rope_theta must be a positive number, not {theta!r}")
+        config["rope_theta"] = float(theta)
     sizes = (*SIZES, "num_key_value_heads", *(["type_vocab_size"] if family is Bert else []))
     for key in sizes:
         if type(config.get(key)) is not int or config[key] < 1:
@@ -863,8 +871,9 @@ def load_pretrained(folder: str | Path, num_labels: int | None = None,
     with torch.device("meta"):
         model = family(config)
     if getattr(model, "lm_head", 0) is None and "lm_head.weight" in found:       # a tied copy
-        if not torch.equal(found.pop("lm_head.weight"),
-                           found.get(checkpoint_name(family, "word_embeddings.weight"))):
+        copy = found.pop("lm_head.weight")           # some tools store the tied pair as this alone
+        if not torch.equal(copy, found.setdefault(
+                checkpoint_name(family, "word_embeddings.weight"), copy)):
             raise ValueError(f"{folder}: tensor 'lm_head.weight' differs from the embedding, "
                              f"though config.json ties them (tie_word_embeddings)")
     state = {}
@@ -913,8 +922,10 @@ def replacing(path: str | Path):
 
 
 def save_pretrained(model: SuperTransformer, folder: str | Path) -> None:
-    """An ordinary checkpoint (config.json, model.safetensors) of a merged model: see `extract`.
+    """A checkpoint (config.json, model.safetensors) of a merged model: see `extract`.
 
+    Where heads x head size is not the hidden size (a narrower BERT or SantaCoder), other libraries
+    cannot express it; `load_pretrained` reads it by its head_dim.
     Raises FileExistsError if the folder holds one already, ValueError if adapters are not merged.
     """
     folder, state = Path(folder), {}
@@ -933,6 +944,7 @@ def save_pretrained(model: SuperTransformer, folder: str | Path) -> None:
     if "num_labels" in config:
         labels = {f"LABEL_{i}": i for i in range(config["num_labels"])}
         config |= {"label2id": labels, "id2label": {str(i): label for label, i in labels.items()}}
-    config = {model.config_names.get(key, key): value for key, value in config.items()}
+    config = {model.config_names.get(key, key): value for key, value in config.items()
+              if key not in ("torch_dtype", "dtype", "auto_map")}    # of the original
     with replacing(folder / "config.json") as path:
         path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -321,6 +321,12 @@ def copied(tmp_path, layout: str, edit=None, **config) -> Path:
         ("llama-mha", None, {"num_key_value_heads": 3}, "not a multiple of num_key_value_heads 3"),
         ("llama-mha", None, {"rope_scaling": {"type": "linear", "factor": 2}}, "scaling 'linear'"),
         ("llama-mha", None, {"rms_norm_eps": 0}, "rms_norm_eps must be a positive number"),
+        ("llama-mha", None, {"rope_theta": 0}, "rope_theta must be a positive number, not 0"),
+        ("llama-mha", None, {"rope_theta": "abc"}, "rope_theta must be a positive number"),
+        ("llama-mha", None, {"rope_scaling": "linear"}, "rotary scaling 'linear'"),
+        ("llama-mha", None, {"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
+        ("llama-mha", None, {"model_type": []}, "model_type .* is not supported"),
+        ("gpt2-custom", None, {"n_embd": None}, "n_embd must be a positive whole number"),
     ],
 )
 def test_a_decoder_checkpoint_that_does_not_fit_is_named_never_guessed(
@@ -328,6 +334,19 @@ def test_a_decoder_checkpoint_that_does_not_fit_is_named_never_guessed(
 ):
     with pytest.raises(ValueError, match=words):
         load_pretrained(copied(tmp_path, layout, edit, **config))
+
+
+@pytest.mark.parametrize("layout", ["gpt-bigcode-head", "llama-gqa"])
+def test_a_tied_pair_may_be_stored_under_either_name(layout, tmp_path):
+    """Some tools drop the embedding and keep its twin, the output matrix; null is no head_dim."""
+
+    def rename(tensors):
+        name = next(n for n in tensors if "wte" in n or "embed_tokens" in n)
+        tensors["lm_head.weight"] = tensors.pop(name)
+
+    folder = copied(tmp_path, layout, rename, head_dim=None)
+    want = load_pretrained(REFERENCE / layout)(tokens())[0]
+    assert torch.equal(load_pretrained(folder)(tokens())[0], want)
 
 
 def test_a_missing_shard_and_an_index_that_leaves_its_folder_are_refused(tmp_path):
@@ -538,6 +557,9 @@ def test_a_resumed_decoder_run_ends_with_the_same_bits(run, adapters, monkeypatc
         patch.setattr(mlfs, "mlfs", broken)
         run(*options, "--overwrite")
     run(*options, "--resume")
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    places = [(line["stage"], line["step"]) for line in log if "validation" in line]
+    assert len(places) == len(set(places)) and len(places) >= 3  # none is measured twice
     again = load_file(folder / "adapters.safetensors")
     assert set(whole) == set(again) and all(torch.equal(whole[n], again[n]) for n in whole)
 
@@ -547,7 +569,10 @@ def test_a_resumed_decoder_run_ends_with_the_same_bits(run, adapters, monkeypatc
     [
         (["--task", "sst2", "--model", "tiny"], "--task sst2 needs an encoder; tiny is a Llama"),
         (["--task", "python", "--model", "bert"], "--task python needs a decoder; bert is a Bert"),
-        (["--task", "python", "--model", "tiny", "--subnets", "santacoder"], "slices a model of"),
+        (
+            ["--task", "python", "--model", "tiny", "--subnets", "santacoder"],
+            "santacoder is not for tiny",
+        ),
         (
             ["--task", "python", "--model", "tiny", "--adapters", "full", "--dtype", "bfloat16"],
             "dtype must be auto or float32 with --adapters full",
@@ -634,6 +659,20 @@ def test_text_ends_at_a_stop_string_at_the_end_of_text_or_with_the_positions(
         evaluate.generate(model, tokenizer, ["x" * 32])
 
 
+def test_a_completion_keeps_the_space_that_it_begins_with(monkeypatch):
+    """Llama's decoder strips a text's first space: after a prompt that is an indentation."""
+    words = {"</s>": 0, "\u2581": 1, "p": 2, "return": 3}
+    tokenizer = Tokenizer(models.BPE(words, []))
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.add_special_tokens(["</s>"])
+    ids, model = iter([1, 1, 3, 0]), tiny_llama(vocab_size=4)
+    one_hot = lambda self, s: F.one_hot(torch.tensor([next(ids)]), 4).float()
+    monkeypatch.setattr(Llama, "logits", one_hot)
+    assert evaluate.generate(model, tokenizer, ["p"], 9) == ["  return"]
+
+
 @pytest.mark.parametrize("n, c, k", list(itertools.product([1, 3, 5], [0, 1, 3], [1, 2, 3])))
 def test_pass_at_k_is_the_share_of_draws_with_a_pass(n, c, k):
     """Chen et al.'s estimator, against all draws of k among n samples."""
@@ -696,8 +735,13 @@ def test_no_generated_code_runs_without_leave(run, tmp_path, monkeypatch, capsys
     allowed = [str(folder), "--humaneval", "problems.jsonl", "--allow-code-execution"]
     with pytest.raises(ValueError, match="there is no 'w9'; this palette has w1-d4,"):
         evaluate.main([*allowed, "--subnets", "w9"])
+    with pytest.raises(ValueError, match="greedy text is always the same"):
+        evaluate.main([*allowed, "--samples", "2"])
+    (tmp_path / "none.jsonl").write_text("")
+    with pytest.raises(ValueError, match="none.jsonl has no problems"):
+        evaluate.main([str(folder), "--humaneval", "none.jsonl", "--allow-code-execution"])
     (tmp_path / "odd.jsonl").write_text('{"task_id": 1}\n')
-    with pytest.raises(ValueError, match="odd.jsonl, line 1: there is no 'prompt'"):
+    with pytest.raises(ValueError, match="odd.jsonl, line 1: there is no 'task_id', or it is"):
         evaluate.main([str(folder), "--humaneval", "odd.jsonl", "--allow-code-execution"])
     monkeypatch.setattr(
         evaluate, "check_correctness", lambda *a: {"passed": True, "result": "passed"}
