@@ -316,7 +316,8 @@ def humaneval(model: SuperTransformer, tokenizer: Tokenizer, problems: list[dict
     with open(path, "a", encoding="utf-8") as file, ThreadPoolExecutor(os.cpu_count()) as pool:
         for start in tqdm(range(0, len(todo), batch_size), unit=" batches", disable=None):
             batch = todo[start:start + batch_size]
-            texts = generate(model, tokenizer, [problems[i]["prompt"] for i, _ in batch], stop=STOP,
+            prompts = [problems[i]["prompt"].rstrip() for i, _ in batch]     # "\n    " is one token
+            texts = generate(model, tokenizer, prompts, stop=STOP,
                              seeds=[n * len(problems) + i for i, n in batch], **settings)
             verdicts = pool.map(check_correctness, [problems[i] for i, _ in batch], texts)
             for (i, n), text, verdict in zip(batch, texts, verdicts):

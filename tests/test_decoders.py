@@ -710,7 +710,7 @@ def test_humaneval_judges_resumes_and_refuses_other_settings(tmp_path, monkeypat
     assert evaluate.humaneval(None, None, PROBLEMS, path, {"dtype": "float32"}, **settings)[
         "pass@1"
     ] == pytest.approx(1 / 3)
-    assert len(asked) == 3
+    assert asked == [f"def f{i}(x):" for i in range(3)]  # a line break would end a token
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:2]) + lines[2][:9])  # killed while it wrote the third
     found = evaluate.humaneval(
