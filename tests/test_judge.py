@@ -413,7 +413,7 @@ if x == 2 and os.fork() == 0:
     script = f"""
 import sys, os, json, tempfile
 source, problem, cases = json.load(sys.stdin)
-namespace = {{"__name__": "sandbox"}}
+namespace = {{"__name__": "judge"}}
 exec(source, namespace)
 folder = tempfile.mkdtemp()
 tempfile.tempdir = folder
