@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 import data
 import evaluate
-from model import (Decoder, SubnetConfig, SuperTransformer, checkpoint_files, load_pretrained)
+from model import Decoder, SubnetConfig, SuperTransformer, checkpoint_files, load_pretrained
 
 
 # ------------------------------------------------------------------------------ hyper-parameters

@@ -784,8 +784,8 @@ def read_config(folder: Path) -> dict:
             raise ValueError(f"{path}: hidden_size {hidden} is not a multiple of "
                              f"num_attention_heads {heads}, and there is no head_dim")
         config["head_dim"] = hidden // heads
-    config.setdefault("num_key_value_heads", heads)
     if family is Llama:
+        config.setdefault("num_key_value_heads", heads)
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
         rope = rope if isinstance(rope, dict) else {"type": rope}
         kind = rope.get("rope_type", rope.get("type", "default"))
@@ -795,13 +795,12 @@ def read_config(folder: Path) -> dict:
         if type(theta) not in (int, float) or not theta > 0:
             raise ValueError(f"{path}: rope_theta must be a positive number, not {theta!r}")
         config["rope_theta"] = float(theta)
-    sizes = (*SIZES, "num_key_value_heads", *(["type_vocab_size"] if family is Bert else []))
-    for key in sizes:
+    for key in (*SIZES, "type_vocab_size" if family is Bert else "num_key_value_heads"):
         if type(config.get(key)) is not int or config[key] < 1:
             name = family.config_names.get(key, key)
             raise ValueError(f"{path}: {name} must be a positive whole number, not "
                              f"{config.get(key)!r}")
-    if heads % config["num_key_value_heads"]:
+    if heads % config.get("num_key_value_heads", 1):
         raise ValueError(f"{path}: num_attention_heads {heads} is not a multiple of "
                          f"num_key_value_heads {config['num_key_value_heads']}")
     if type(config["layer_norm_eps"]) is not float or not config["layer_norm_eps"] > 0:
@@ -928,7 +927,7 @@ def save_pretrained(model: SuperTransformer, folder: str | Path) -> None:
     cannot express it; `load_pretrained` reads it by its head_dim.
     Raises FileExistsError if the folder holds one already, ValueError if adapters are not merged.
     """
-    folder, state = Path(folder), {}
+    folder = Path(folder)
     if model.num_stages:
         raise ValueError("merge the adapters first: save_pretrained(model.extract(phi), folder)")
     for path in (folder / "config.json", folder / "model.safetensors"):

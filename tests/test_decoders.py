@@ -20,7 +20,7 @@ import data
 import evaluate
 import mlfs
 from conftest import FAMILIES, random_phi, randomise_adapters, tiny_bert, tiny_gpt, tiny_llama
-from model import GPT, Cache, Llama, load_pretrained, save_pretrained
+from model import GPT, Cache, Llama, SubnetConfig, load_pretrained, save_pretrained
 
 REFERENCE = Path(__file__).parent / "reference"
 LAYOUTS = ["gpt-bigcode", "gpt-bigcode-head", "gpt2-custom", "llama-mha", "llama-gqa", "llama-mqa"]
@@ -112,6 +112,17 @@ def test_slice_extract_save_and_load_agree_for_random_phi(family, seed, tmp_path
     state = again.state_dict()
     assert all(torch.equal(p, state[name]) for name, p in small.state_dict().items())
     assert torch.allclose(again(ids)[0], sliced, atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["bert-plain", *LAYOUTS])
+def test_a_slice_of_a_loaded_checkpoint_is_saved_and_loaded_again(layout, tmp_path):
+    """Its config.json must tell the slice's sizes, not those of the checkpoint that it was cut from."""
+    model = load_pretrained(REFERENCE / layout)
+    phi, ids = SubnetConfig(10, 2, 13, (0, 2)), tokens()
+    save_pretrained(model.extract(phi), tmp_path / "small")
+    again = load_pretrained(tmp_path / "small")
+    assert again.maxnet == dataclasses.replace(phi, layers=(0, 1))
+    assert torch.allclose(again(ids)[0], model(ids, phi=phi)[0], atol=1e-5)
 
 
 def test_one_key_is_never_sliced_and_shared_keys_go_in_whole_groups():

@@ -105,4 +105,5 @@ def test_the_readmes_python_example_runs(tmp_path, monkeypatch):
     exec(re.search(r"```python\n(.*?)```", README, re.S)[1], scope)
     assert scope["logits"].shape == (8, 2)
     assert abs(scope["small"](**scope["x"])[0] - scope["logits"]).max() < 1e-5
-    assert (tmp_path / "runs" / "minnet" / "model.safetensors").exists()
+    again = scope["load_pretrained"](tmp_path / "runs" / "minnet")
+    assert abs(again(**scope["x"])[0] - scope["logits"]).max() < 1e-5
