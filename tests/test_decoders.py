@@ -551,8 +551,21 @@ def test_a_decoders_palette_learns_and_is_read_back(run, options, capsys):
         assert f"{row['score']:.3f}" in again
 
 
+def test_a_random_start_knows_nothing_and_is_read_back(run, capsys):
+    """Figs. 5 and 6: the checkpoint's weights are not used; low-rank adapters sit on the same draw."""
+    folder = run("--init", "random", "--epochs", "1,0,0", "--validate-every", "100")
+    first = json.loads((folder / "log.jsonl").read_text().splitlines()[0])["validation"]["w1-d4"]
+    assert first == pytest.approx(np.log(257), abs=0.02)
+    rows = json.loads((folder / "palette.json").read_text())["subnets"]
+    capsys.readouterr()
+    assert evaluate.main([str(folder)]) == 0
+    again = capsys.readouterr().out
+    assert all(f"{row['score']:.3f}" in again for row in rows)
+
+
 @pytest.mark.parametrize("adapters", ["low-rank", "full"])
-def test_a_resumed_decoder_run_ends_with_the_same_bits(run, adapters, monkeypatch):
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_resumed_decoder_run_ends_with_the_same_bits(run, adapters, stage, monkeypatch):
     options = ["--epochs", "1,1,1", "--adapters", adapters, "--train-examples", "80"]
     folder = run(*options)
     whole = load_file(folder / "adapters.safetensors")
@@ -561,7 +574,7 @@ def test_a_resumed_decoder_run_ends_with_the_same_bits(run, adapters, monkeypatc
     def broken(*args):
         for at in algorithm(*args):
             yield at
-            if at.stage == 1 and at.step == 0 and len(args) == 5 and args[4] is None:
+            if at.stage == stage and at.step == 0 and len(args) == 5 and args[4] is None:
                 raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -706,6 +719,12 @@ PROBLEMS = [
     }
     for i in range(3)
 ]
+
+
+def test_only_the_samples_asked_for_count():
+    rows = [{"task_id": "a", "sample": n, "passed": n > 0} for n in range(3)]
+    assert evaluate.pass_at_k(rows, ["a"], 1)["pass@1"] == 0
+    assert evaluate.pass_at_k(rows, ["a"], 2)["pass@1"] == 0.5
 
 
 def test_humaneval_judges_resumes_and_refuses_other_settings(tmp_path, monkeypatch):
