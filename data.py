@@ -399,18 +399,23 @@ class Examples(NamedTuple):
         return Examples(ids, segments, None if self.labels is None else self.labels[rows])
 
 
+def tokenizer_file(folder: str | Path) -> Path:
+    """tokenizer.json, else vocab.txt; FileNotFoundError if there is neither."""
+    whole, words = Path(folder) / "tokenizer.json", Path(folder) / "vocab.txt"
+    if not whole.exists() and not words.exists():
+        raise FileNotFoundError(f"there is neither {whole} nor {words}; copy the checkpoint's "
+                                f"tokenizer there")
+    return whole if whole.exists() else words
+
+
 def load_tokenizer(folder: str | Path, vocab_size: int | None = None) -> Tokenizer:
     """tokenizer.json, or uncased WordPiece from vocab.txt.
 
     Raises FileNotFoundError, or ValueError if it is damaged or its ids exceed `vocab_size`.
     """
-    whole, words = Path(folder) / "tokenizer.json", Path(folder) / "vocab.txt"
-    path = whole if whole.exists() else words
-    if not path.exists():
-        raise FileNotFoundError(f"there is neither {whole} nor {words}; copy the checkpoint's "
-                                f"tokenizer there")
+    path = tokenizer_file(folder)
     try:
-        if path == whole:
+        if path.suffix == ".json":
             tokenizer = Tokenizer.from_file(str(path))
         else:
             tokenizer = BertWordPieceTokenizer(str(path), lowercase=True)._tokenizer

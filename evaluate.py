@@ -5,6 +5,7 @@
 """
 import argparse
 import gzip
+import hashlib
 import json
 import math
 import os
@@ -542,6 +543,29 @@ def take_folder(folder: Path, settings: dict, resume: bool, overwrite: bool) -> 
     return settings
 
 
+def base_digest(folder: str | Path) -> str:
+    """sha256 of all that a base checkpoint tells us: config.json, the weights, the tokenizer."""
+    folder = Path(folder)
+    return data.sha256([folder / "config.json", *checkpoint_files(folder),
+                        data.tokenizer_file(folder)])
+
+
+def digest(tensors: dict[str, torch.Tensor]) -> str:
+    """sha256 of names, shapes, types and bits."""
+    sha = hashlib.sha256()
+    for name, t in sorted(tensors.items()):
+        sha.update(f"{name} {list(t.shape)} {t.dtype}".encode())
+        sha.update(t.flatten().view(torch.uint8).cpu().numpy())
+    return sha.hexdigest()
+
+
+def fingerprint(settings: dict) -> str:
+    """sha256 of what the adapters in run.json's folder depend on."""
+    keys = ("task", "note", "num_labels", "space", "hyper_parameters")
+    parts = [settings.get(key) for key in keys] + [settings["base"]["sha256"]]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
 def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
     """What `save_tensors` wrote; FileNotFoundError or ValueError if it cannot be read."""
     if not path.exists():
@@ -550,20 +574,25 @@ def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
-            return tensors, json.loads(file.metadata()["mlfs"])
+            origin = json.loads(file.metadata()["mlfs"])
+        if origin.pop("sha256") != digest(tensors):
+            raise ValueError("its sha256 is not the one stored in it")
+        return tensors, origin
     except (SafetensorError, OSError, TypeError, KeyError, ValueError) as error:
         raise ValueError(f"{path} is damaged or cut short: {error}") from None
 
 
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor], origin: dict) -> None:
     tensors = {name: t.detach().contiguous() for name, t in tensors.items()}
+    origin = origin | {"sha256": digest(tensors)}
     with replacing(path) as beside:                  # one metadata entry: several come in any order
         save_file(tensors, beside, {"mlfs": json.dumps(origin)})
 
 
 def save_adapters(folder: Path, model: SuperTransformer, settings: dict) -> None:
     """{A_s, B_s}, the head and the permutation: with the base model, all there is to keep."""
-    origin = {key: settings[key] for key in ("task", "note")} | {"base": settings["base"]["sha256"]}
+    origin = {"task": settings["task"], "note": settings["note"],
+              "base": settings["base"]["sha256"], "run": fingerprint(settings)}
     save_tensors(folder / "adapters.safetensors", model.trained_state(), origin)
 
 
@@ -634,15 +663,15 @@ def peak_memory(device: str) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def load_run(folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[
-        dict, SuperTransformer, list[SubnetConfig]]:
-    """(run.json, the model with its adapters, 𝒜), from the folder and its base.
+def load_run(folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float32,
+             base: Path | None = None) -> tuple[dict, SuperTransformer, list[SubnetConfig]]:
+    """(run.json, the model with its adapters, 𝒜), from the folder and its base checkpoint.
 
-    Raises FileNotFoundError or ValueError naming what is missing, damaged, or of another base.
+    base: where that is now, if not where the run found it. Raises FileNotFoundError or ValueError naming what is missing, damaged, or of another base.
     """
     run = read_json(folder / "run.json")
     try:
-        base, digest, labels = run["base"]["folder"], run["base"]["sha256"], run["num_labels"]
+        base, sha256 = base or Path(run["base"]["folder"]), run["base"]["sha256"]
         hp = run["hyper_parameters"]
         random_start, seed = hp["init"] == "random", hp["seed"]
         run["data"]["folder"], hp["max_length"], hp["dev_examples"], run["note"]     # all there?
@@ -653,10 +682,14 @@ def load_run(folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float
         raise ValueError(f"{folder / 'run.json'} is not one of ours, or was edited: {error} is "
                          f"missing or wrong") from None
     state, origin = read_tensors(folder / "adapters.safetensors")
-    if not data.sha256(checkpoint_files(base)) == digest == origin.get("base"):
+    if not base_digest(base) == sha256 == origin.get("base"):
         raise ValueError(f"{base} is not the checkpoint that {folder} was trained on: sha256 "
                          f"differs")
-    model = load_pretrained(base, labels, dtype)
+    if origin.get("run") != fingerprint(run):
+        raise ValueError(f"{folder / 'run.json'} was edited, or its adapters are another run's: "
+                         f"they do not belong together")
+    run["base"]["folder"] = str(base)
+    model = load_pretrained(base, run["num_labels"], dtype)
     if random_start:
         model.initialise(seed)
     model.load_trained_state(state)

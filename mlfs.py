@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 import data
 import evaluate
-from model import Decoder, SubnetConfig, SuperTransformer, checkpoint_files, load_pretrained
+from model import Decoder, SubnetConfig, SuperTransformer, load_pretrained
 
 
 # ------------------------------------------------------------------------------ hyper-parameters
@@ -588,7 +588,7 @@ def prepare(args: argparse.Namespace, given: dict) -> tuple[Run, dict | None]:
     settings = {
         "task": name, "note": note, "num_labels": max(1, len(task.labels)),
         "base": {"folder": str(model_folder.resolve()),
-                 "sha256": data.sha256(checkpoint_files(model_folder))},
+                 "sha256": evaluate.base_digest(model_folder)},
         "data": {"folder": str(data_folder.resolve())} | skipped
                 | {split: len(part.ids) for split, part in counts.items()},
         "hyper_parameters": dataclasses.asdict(hp),
