@@ -1,19 +1,30 @@
-"""What a run of MLFS is worth: metrics, the palette (a row per subnet), HumanEval, the run folder.
+"""What a run of MLFS is worth: metrics, the palette; choosing, shipping, using a subnet; HumanEval.
 
-    python evaluate.py runs/sst2-minilm-l6           # the palette, again, from the stored adapters
+    python evaluate.py runs/toy                      # score, size and latency of every subnet, here
+    python evaluate.py runs/toy --plot palette.png --max-latency-ms 0.8        # a picture; a choice
+    python evaluate.py runs/toy --export w0.5-d2 DIR           # an ordinary checkpoint of one
+    python evaluate.py runs/toy --subnet w0.5-d2 --predict "the plot is clever ."
     python evaluate.py runs/python-santacoder --humaneval HumanEval.jsonl.gz --allow-code-execution
 """
 import argparse
 import gzip
 import hashlib
+import itertools
 import json
+import logging
 import math
 import os
+import platform
+import re
+import shutil
 import subprocess
 import sys
 import tempfile
+import time
+import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Callable, Iterable
 
@@ -27,7 +38,7 @@ from tqdm import tqdm
 
 import data
 from model import (Cache, Decoder, ElasticLinear, SubnetConfig, SuperTransformer,
-                   checkpoint_files, load_pretrained, read_json, replacing)
+                   checkpoint_files, load_pretrained, read_json, replacing, save_pretrained)
 
 
 # ----------------------------------------------------------------- metrics, as pure functions
@@ -69,6 +80,10 @@ METRICS: dict[str, Callable] = {f.__name__: f for f in (accuracy, f1, matthews, 
 def show(metric: str, value: float) -> str:
     """A loss in nats; all else in points, 0 to 100."""
     return f"{value:.3f}" if metric == "loss" else f"{100 * value:.1f}"
+
+
+def quality(row: dict, metric: str) -> str:
+    return f"{show(metric, row['score'])} ± {show(metric, row['stderr'])}"
 
 
 def gain(metric: str, old: float, new: float) -> float:
@@ -145,38 +160,110 @@ def describe(model: SuperTransformer, phi: SubnetConfig) -> dict:
             "macs": sum(linear.weight.numel() for linear in linears)}
 
 
+def subnet(row: dict) -> SubnetConfig:
+    """Φ of a row."""
+    return SubnetConfig(row["hidden_size"], row["heads"], row["intermediate_size"],
+                        tuple(row["layers"]), row["name"])
+
+
 def palette(model: SuperTransformer, space: list[SubnetConfig], task: data.Task,
             splits: dict[str, data.Examples]) -> list[dict]:
     """A row per subnet, maxnet first: sizes, score, standard error (Figs. 1 and 8)."""
     return [describe(model, phi) | evaluate(model, phi, task, splits) for phi in space]
 
 
-def worth_shipping(rows: list[dict], metric: str) -> list[dict]:
-    """The subnet to take for any budget, smallest first.
+@torch.inference_mode()
+def latency(model: SuperTransformer, space: list[SubnetConfig], batch_size: int = 1,
+            length: int = 128, rounds: int = 5, runs: int = 4) -> list[dict]:
+    """A row per subnet: how long a forward pass takes, in milliseconds; adapters merged before.
 
-    A larger one is listed only if it beats all smaller ones listed by more than its standard error.
+    "latency_ms" is the median of the stand-alone model (`extract`), "latency_ms_range" its 10% and
+    90% quantiles, "slice_ms" the same for the slice in place. Every round visits every subnet,
+    warms it up, and times both in turn, so that a drift of the machine hits all alike.
     """
-    front: list[dict] = []
-    for row in sorted(rows, key=lambda row: (row["parameters"], -gain(metric, 0, row["score"]))):
-        if not front or gain(metric, front[-1]["score"], row["score"]) > row["stderr"]:
-            front.append(row)
+    device = next(model.parameters()).device
+    ids = torch.ones(batch_size, length, dtype=torch.long, device=device)
+    times: dict[tuple, list[float]] = {}
+    for _ in range(rounds):
+        for phi in space:
+            small = model.extract(phi)                               # one copy at a time
+            for run in range(-1, runs):
+                for key, form in (("latency_ms", lambda: small(ids)),
+                                  ("slice_ms", lambda: model(ids, None, phi))):
+                    wait(device)
+                    start = time.perf_counter()
+                    form()
+                    wait(device)
+                    if run >= 0:
+                        elapsed = 1e3 * (time.perf_counter() - start)
+                        times.setdefault((phi, key), []).append(elapsed)
+    rows: list[dict] = [{} for _ in space]
+    for row, phi in zip(rows, space):
+        for key in ("latency_ms", "slice_ms"):
+            low, row[key], high = np.quantile(times[phi, key], (0.1, 0.5, 0.9)).tolist()
+            row[key + "_range"] = [low, high]
+    return rows
+
+
+def wait(device: torch.device) -> None:
+    """Until a GPU has done what it was given."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def choose(rows: list[dict], budget: dict[str, float], metric: str) -> list[dict]:
+    """The rows within the budget, best first; budget maps a key of a row to its largest value.
+
+    The one-standard-error rule: of those within a standard error of the best, the smallest wins.
+    """
+    left = [row for row in rows if all(row[key] <= most for key, most in budget.items())]
+    chosen = []
+    while left:
+        top = max(left, key=lambda row: gain(metric, 0, row["score"]))
+        tied = [row for row in left if gain(metric, row["score"], top["score"]) <= top["stderr"]]
+        chosen.append(min(tied, key=lambda row: (row["parameters"],
+                                                 -gain(metric, 0, row["score"]))))
+        left.remove(chosen[-1])
+    return chosen
+
+
+def worth_shipping(rows: list[dict], metric: str) -> list[tuple[int, dict]]:
+    """(n, the row to take) where the choice changes as the budget of parameters grows to n."""
+    front: list[tuple[int, dict]] = []
+    for most in sorted({row["parameters"] for row in rows}):
+        best = choose(rows, {"parameters": most}, metric)[0]
+        if not front or front[-1][1] is not best:
+            front.append((most, best))
     return front
 
 
 def table(rows: list[dict], columns: dict[str, str], metric: str) -> str:
-    """Markdown; columns maps a key to its heading."""
-    def cell(row: dict, key: str) -> str:
-        value = row.get(key, "")
-        if key.endswith("parameters"):
-            return f"{value / 1e6:.2f}M ({value / rows[0][key]:.0%})"
-        return show(metric, value) if isinstance(value, float) else str(value)
-
-    lines = [list(columns.values())] + [[cell(row, key) for key in columns] for row in rows]
+    """Markdown; columns maps a key to its heading. Sizes and times: also as a share of row 1's."""
+    lines = [list(columns.values())] + [[cell(row, key, rows[0], metric) for key in columns]
+                                        for row in rows]
     widths = [max(map(len, column)) for column in zip(*lines)]
     rule = [":" + "-" * (widths[0] - 1)] + ["-" * (w - 1) + ":" for w in widths[1:]]
     lines.insert(1, rule)
     return "\n".join("| " + " | ".join([line[0].ljust(widths[0])] + [
         text.rjust(width) for text, width in zip(line[1:], widths[1:])]) + " |" for line in lines)
+
+
+def cell(row: dict, key: str, first: dict, metric: str) -> str:
+    if key == "quality":
+        return f"{quality(row, metric)} ({row['score'] / (first['score'] or math.nan):.0%})"
+    value = row.get(key, "")
+    if value == "":
+        return value
+    if key == "layers":
+        return str(len(value))
+    if key.endswith(("parameters", "macs")):
+        return f"{value / 1e6:.2f}M ({value / first[key]:.0%})"
+    if key == "size_mb":
+        return f"{value:.1f} MB ({value / first[key]:.0%})"
+    if key.endswith("_ms"):
+        low, high = row[key + "_range"]
+        return f"{value:.2f} ({low:.2f}-{high:.2f}; {value / first[key]:.0%})"
+    return show(metric, value) if isinstance(value, float) else str(value)
 
 
 COLUMNS = {"name": "subnet", "parameters": "parameters", "encoder_parameters": "encoder"}
@@ -199,9 +286,288 @@ def stage_table(rows: list[dict], metric: str) -> str:
     return table([row | row["history"] for row in rows], columns, metric)
 
 
+def palette_table(rows: list[dict], metric: str) -> str:
+    """What each subnet is, gives and costs; latency where it was measured."""
+    columns = {"name": "subnet", "heads": "heads", "intermediate_size": "FFN",
+               "hidden_size": "hidden", "layers": "layers", "parameters": "parameters",
+               "encoder_parameters": "encoder", "macs": "MACs per token", "size_mb": "on disk",
+               "quality": "score ± s.e.", "latency_ms": "latency, ms", "slice_ms": "in place, ms"}
+    return table(rows, {key: columns[key] for key in columns
+                        if key in rows[0] or key == "quality"}, metric)
+
+
 def title(task: str, metric: str, examples: int) -> str:
     unit = "in nats per token, lower is better" if metric == "loss" else "in points"
     return f"{task}, {metric} on dev ({examples:,} examples), {unit}"
+
+
+# ------------------------------------------------------------------------------------- pictures
+
+@contextmanager
+def picture(path: Path, panels: int):
+    """Yields matplotlib's figure and axes, written to `path` once the block ends well."""
+    try:
+        from matplotlib.figure import Figure         # an optional extra
+    except ImportError:
+        raise ValueError("--plot needs matplotlib, which is not among the requirements: "
+                         "pip install matplotlib") from None
+    figure = Figure(figsize=(5.5 * panels, 4.2), layout="constrained")
+    yield figure, figure.subplots(1, panels, squeeze=False)[0]
+    with replacing(path) as beside:
+        figure.savefig(beside, format=path.suffix[1:] or "png", dpi=120)
+
+
+def pareto(rows: list[dict], key: str, metric: str) -> list[dict]:
+    """The rows that score higher than all that cost no more, cheapest first."""
+    front: list[dict] = []
+    for row in sorted(rows, key=lambda row: (row[key], -gain(metric, 0, row["score"]))):
+        if not front or gain(metric, front[-1]["score"], row["score"]) > 0:
+            front.append(row)
+    return front
+
+
+def plot_palette(path: Path, rows: list[dict], metric: str, heading: str,
+                 others: dict[str, list[dict]]) -> None:
+    """Score against parameters and against latency, with standard errors, the Pareto front, the
+    teacher, its slices before stages 1 and 2, and the palettes of other runs."""
+    factor = 1 if metric == "loss" else 100
+    with picture(path, 2) as (figure, axes):
+        figure.suptitle(heading)
+        for axis, (key, scale, label) in zip(axes, (("parameters", 1e6, "parameters, millions"),
+                                                    ("latency_ms", 1, "latency, ms"))):
+            def draw(some: list[dict], **style) -> None:
+                axis.errorbar([row[key] / scale for row in some],
+                              [factor * row["score"] for row in some],
+                              [factor * row["stderr"] for row in some], capsize=2, **style)
+
+            for moment, mark in (("sliced teacher", "x"), ("reordered", "+")):
+                if old := [row for row in rows if moment in row.get("history", {})]:
+                    axis.plot([row[key] / scale for row in old],
+                              [factor * row["history"][moment] for row in old], mark,
+                              color="gray", label=f"{moment}, not trained further")
+            front = pareto(rows, key, metric)
+            axis.plot([row[key] / scale for row in front],
+                      [factor * row["score"] for row in front], color="C0", label="Pareto front")
+            draw(rows, fmt="o", color="C0", label="MLFS")
+            for row in rows:
+                axis.annotate(row["name"], (row[key] / scale, factor * row["score"]), fontsize=7,
+                              xytext=(4, -9), textcoords="offset points")
+            for i, (name, other) in enumerate(others.items(), 1):
+                draw([row for row in other if key in row], fmt="s", color=f"C{i}", label=name)
+            if "sliced teacher" in rows[0].get("history", {}):
+                axis.axhline(factor * rows[0]["history"]["sliced teacher"], color="black",
+                             linestyle=":", label="teacher")
+            axis.set_xlabel(label)
+            axis.grid(alpha=0.3)
+        axes[0].set_ylabel("loss, nats per token" if metric == "loss" else f"{metric}, points")
+        axes[0].legend(fontsize=7)
+
+
+def plot_curves(path: Path, logs: dict[str, list[dict]]) -> None:
+    """Losses per subnet, averaged over 10 logged steps, and validation scores, over the iterations
+    of all stages (Figs. 2, 5 and 7)."""
+    kinds = [kind for kind in ("loss", "validation")
+             if any(kind in entry for log in logs.values() for entry in log)]
+    if not kinds:
+        raise ValueError(f"{next(iter(logs))} has no losses yet")
+    names = list(dict.fromkeys(name for log in logs.values() for entry in log for kind in kinds
+                               for name in entry.get(kind, {})))
+    styles = dict(zip(logs, itertools.cycle(("-", "--", ":", "-."))))
+    with picture(path, len(kinds)) as (figure, axes):
+        figure.suptitle(", ".join(f"{style} {log}" for log, style in styles.items()), fontsize=8)
+        for (log, entries), kind in itertools.product(logs.items(), kinds):
+            axis, start = axes[kinds.index(kind)], 0
+            for stage in range(3):
+                part = [entry for entry in entries if entry["stage"] == stage]
+                for i, name in enumerate(names):
+                    points = [(start + entry["step"], entry[kind][name]) for entry in part
+                              if name in entry.get(kind, {})]
+                    if points:
+                        window = np.ones(min(10, -(-len(points) // 3)) if kind == "loss" else 1)
+                        x, y = (np.convolve(v, window / len(window), "valid")
+                                for v in zip(*points))
+                        axis.plot(x, y, styles[log], marker="." * (len(x) == 1) or None,
+                                  color=f"C{i % 10}", linewidth=1)
+                start += max((entry["step"] for entry in part), default=0)
+                axis.axvline(start, color="gray", linewidth=0.5)
+        for axis, kind in zip(axes, kinds):
+            axis.set_xlabel("iterations of the three stages")
+            axis.set_ylabel("training loss" if kind == "loss" else "validation score")
+        for i, name in enumerate(names):
+            axes[0].plot([], [], color=f"C{i % 10}", label=name)
+        axes[0].legend(fontsize=7)
+
+
+# ------------------------------------------------------------------------------------- shipping
+
+# What a checkpoint folder may hold beside config.json and the weights.
+TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "tokenizer_config.json", "vocab.json",
+                   "merges.txt", "special_tokens_map.json", "added_tokens.json")
+
+
+@contextmanager
+def new_folder(folder: Path):
+    """Yields a folder to fill; it becomes `folder` (absent or empty) once the block ends well."""
+    folder = folder.resolve()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
+        beside = Path(scratch) / folder.name
+        beside.mkdir()
+        yield beside
+        os.replace(beside, folder)
+
+
+def export(small: SuperTransformer, folder: Path, base: Path, labels: tuple[str, ...],
+           card: str, onnx: bool = False) -> list[str]:
+    """An ordinary checkpoint of a merged subnet: config.json, model.safetensors, the base's
+    tokenizer files, a model card and, if wanted, model.onnx. Returns what there is to say of it."""
+    said = []
+    with new_folder(folder) as beside:
+        save_pretrained(small, beside, labels)
+        for name in TOKENIZER_FILES:
+            if (base / name).exists():
+                shutil.copyfile(base / name, beside / name)
+        (beside / "README.md").write_text(card, encoding="utf-8")
+        if onnx:
+            said.append(export_onnx(small, beside / "model.onnx"))
+    return said
+
+
+def common_form(small: SuperTransformer, pad: bool) -> tuple[SuperTransformer, str]:
+    """The model with heads of zeros added if `pad`, and what other libraries can make of it."""
+    c, whole = small.config, small.maxnet
+    N, D, H = whole.num_attention_heads, c["head_dim"], c["hidden_size"]
+    heads, shape = small.common_heads(), f"{N} heads of {D} at hidden size {H}"
+    if heads == N:
+        if pad:
+            raise ValueError(f"--pad-heads: nothing to pad, other libraries can express {shape}")
+        return small, "The transformers library can load it."
+    why = f"The transformers library's {type(small).__name__} cannot express {shape}"
+    if heads is None:
+        if pad:
+            raise ValueError(f"--pad-heads: no number of heads from {N} on fits hidden size {H}")
+        return small, f"{why}, padded or not; load_pretrained of model.py reads it."
+    padded = small.pad_heads(heads)
+    old, new = (describe(model, model.maxnet) for model in (small, padded))
+    cost = (f"{heads - N} heads of zeros: {new['parameters'] / 1e6:.2f}M instead of "
+            f"{old['parameters'] / 1e6:.2f}M parameters, {new['macs'] / 1e6:.2f}M instead of "
+            f"{old['macs'] / 1e6:.2f}M MACs per token")
+    if pad:
+        return padded, f"The transformers library can load it, thanks to {cost}."
+    return small, f"{why}; load_pretrained of model.py reads it; --pad-heads would add {cost}."
+
+
+def export_onnx(small: SuperTransformer, path: Path) -> str:
+    """Writes float32 ONNX with dynamic batch and length; checks its logits, compares its latency.
+
+    Raises ValueError if a package is missing or a logit differs by more than 1e-3.
+    """
+    try:
+        import onnxruntime
+        import onnxscript                                            # noqa: F401, used by torch
+    except ImportError:
+        raise ValueError("--onnx needs packages that are not among the requirements: "
+                         "pip install onnx onnxscript onnxruntime") from None
+
+    class Logits(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = small.float().cpu()
+
+        def forward(self, input_ids, attention_mask, token_type_ids=None):
+            more = {} if token_type_ids is None else {"segments": token_type_ids}
+            return self.model(input_ids, attention_mask, **more)[0]
+
+    decoder = isinstance(small, Decoder)
+    names = ["input_ids", "attention_mask", "token_type_ids"][:2 if decoder else 3]
+    most = small.config["max_position_embeddings"]
+    draw = torch.Generator().manual_seed(0)
+
+    def example(batch: int, length: int) -> dict[str, torch.Tensor]:
+        ids = torch.randint(small.config["vocab_size"], (batch, length), generator=draw)
+        mask = torch.ones_like(ids)
+        mask[-1, max(1, length // 2):] = batch == 1                  # the last row is padded
+        return dict(zip(names, (ids, mask, torch.zeros_like(ids))))
+
+    axes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length", max=most)}
+    model, logger = Logits(), logging.getLogger("torch.onnx")
+    level = logger.level
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")                              # torch's, on its own workings
+        logger.setLevel(logging.ERROR)
+        large = sum(p.nbytes for p in model.parameters()) > 2 ** 30  # one file ends at 2 GiB
+        torch.onnx.export(model, tuple(example(2, min(8, most)).values()), path, input_names=names,
+                          output_names=["logits"], dynamic_shapes=dict.fromkeys(names, axes),
+                          dynamo=True, verbose=False, external_data=large)
+        logger.setLevel(level)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    differs, times = 0.0, {"onnxruntime": [], "PyTorch": []}
+    with torch.inference_mode():
+        for batch, length in itertools.product((1, 3), (min(7, most), min(128, most))):
+            x = example(batch, length)
+            feed = {name: part.numpy() for name, part in x.items()}
+            real = x["attention_mask"].bool() if decoder else slice(None)
+            for _ in range(10):
+                start = time.perf_counter()
+                z = session.run(None, feed)[0]
+                middle = time.perf_counter()
+                ours = model(**x)
+                times["onnxruntime"].append(middle - start)
+                times["PyTorch"].append(time.perf_counter() - middle)
+            differs = max(differs, float((torch.from_numpy(z) - ours)[real].abs().max()))
+    if not differs <= 1e-3:
+        raise ValueError(f"{path.name}: its logits differ by {differs:.1e} from PyTorch's; "
+                         f"nothing was written")
+    middle = {name: 1e3 * float(np.median(some[10:20])) for name, some in times.items()}
+    return (f"model.onnx: logits within {differs:.0e} of PyTorch's; "
+            + ", ".join(f"{name} {ms:.2f} ms" for name, ms in middle.items())
+            + f" (batch 1, {min(128, most)} tokens, float32)")
+
+
+def model_card(run: dict, rows: list[dict], metric: str, form: str, dtype: str, where: str) -> str:
+    """README.md of an exported subnet; rows: the maxnet's and its own."""
+    row, hp, base = rows[-1], run["hyper_parameters"], Path(run["base"]["folder"]).name
+    note = f"**{run['note']}**\n\n" if run["note"] else ""
+    return f"""---
+base_model: {base}
+tags: [mlfs]
+---
+# {row['name']}: a slice of {base} for {run['task']}
+
+{note}Cut by MLFS (Multistage Low-rank Fine-tuning of Super-transformers, Kundu et al., NAACL 2024)
+from {base} (sha256 of its files: {run['base']['sha256']}), rank {hp['rank']}, seed {hp['seed']}.
+Layers kept, from 0: {', '.join(map(str, row['layers']))}. Weights in {dtype}. {form}
+
+{title(run['task'], metric, run['data']['dev'])}:
+
+{palette_table(rows, metric)}
+
+{where}
+"""
+
+
+# ---------------------------------------------------------------------------------- using a model
+
+@torch.inference_mode()
+def answer(model: SuperTransformer, phi: SubnetConfig, tokenizer: Tokenizer, task: data.Task,
+           text: str, max_length: int) -> str:
+    """The label of a sentence (a pair: separated by a tab) and each class's probability, or a
+    score; ValueError unless there are as many sentences as the task takes."""
+    sentences, wanted = tuple(part.strip() for part in text.split("\t")), len(task.sentences) or 1
+    if len(sentences) != wanted:
+        raise ValueError(f"{text[:80]!r} has {len(sentences)} parts separated by tabs; the task "
+                         f"takes {wanted}")
+    rows = data.Rows([sentences], np.zeros(1, dtype=np.int64))
+    device = next(model.parameters()).device
+    (x, _), = data.batches(data.encode(tokenizer, rows, max_length), 1, device=device)
+    z = model(**x, phi=phi)[0][0]                                            # (C,)
+    if not task.labels:
+        return f"{z.item():.3f}"
+    p = z.softmax(-1).tolist()
+    return "\t".join([task.labels[int(z.argmax())],
+                      *(f"{label} {share:.3f}" for label, share in zip(task.labels, p))])
 
 
 # ------------------------------------------------------------------------------- generating text
@@ -641,14 +1007,50 @@ def keep_log(path: Path, resume: dict | None) -> None:
                               encoding="utf-8")
 
 
-def write_palette(folder: Path, settings: dict, task: data.Task, rows: list[dict]) -> None:
-    """palette.json and palette.md, each replaced as a whole."""
+def write_palette(folder: Path, settings: dict, task: data.Task, rows: list[dict],
+                  measured: dict | None = None) -> None:
+    """palette.json and palette.md, each replaced as a whole; measured: where latency was."""
     name, note, metric = settings["task"], settings["note"], task.metrics[0]
-    content = {"task": name, "metric": metric, "note": note, "subnets": rows}
-    write_json(folder / "palette.json", content)
+    content = {"task": name, "metric": metric, "note": note, "measured": measured or {}}
+    write_json(folder / "palette.json", content | {"subnets": rows})
     text = f"{title(name, metric, settings['data']['dev'])}\n\n{final_table(rows, metric)}\n"
+    if measured:
+        text += f"\n{palette_table(rows, metric)}\n\n{conditions(measured)}\n"
     with replacing(folder / "palette.md") as path:
         path.write_text((f"**{note}**\n\n" if note else "") + text, encoding="utf-8")
+
+
+def read_palette(folder: Path) -> tuple[list[dict], dict]:
+    """(rows, where latency was measured); nothing if there is no palette.json yet."""
+    path = folder / "palette.json"
+    if not path.exists():
+        return [], {}
+    content = read_json(path)
+    rows = content.get("subnets")
+    keys = {"name": str, "parameters": int, "macs": int, "score": float, "stderr": float}
+    whole = isinstance(rows, list) and all(isinstance(row, dict) and isinstance(row.get(key), kind)
+                                           for row in rows for key, kind in keys.items())
+    if not whole or not isinstance(content.get("measured"), dict):
+        raise ValueError(f"{path} is not one of ours, or was edited; delete it, and evaluate.py "
+                         f"measures anew")
+    return rows, content["measured"]
+
+
+def device_name(device: str) -> str:
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    try:
+        return re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
+    except (OSError, TypeError):                                     # not Linux
+        return platform.processor() or platform.machine()
+
+
+def conditions(m: dict) -> str:
+    """Where and how latency was measured, as a sentence."""
+    return (f"Latency of a forward pass, median (10%-90% of the runs; share of the first row's), "
+            f"of the stand-alone model and of the slice in place: batch {m['batch_size']}, "
+            f"{m['length']} tokens, {m['dtype']}, {m['device']}, {m['threads']} threads, PyTorch "
+            f"{m['torch']}.")
 
 
 def peak_memory(device: str) -> int:
@@ -667,7 +1069,8 @@ def load_run(folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float
              base: Path | None = None) -> tuple[dict, SuperTransformer, list[SubnetConfig]]:
     """(run.json, the model with its adapters, 𝒜), from the folder and its base checkpoint.
 
-    base: where that is now, if not where the run found it. Raises FileNotFoundError or ValueError naming what is missing, damaged, or of another base.
+    base: where that is now, if not where the run found it. Raises FileNotFoundError or ValueError
+    naming what is missing, damaged, edited, or of another base.
     """
     run = read_json(folder / "run.json")
     try:
@@ -676,8 +1079,7 @@ def load_run(folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float
         random_start, seed = hp["init"] == "random", hp["seed"]
         run["data"]["folder"], hp["max_length"], hp["dev_examples"], run["note"]     # all there?
         data.TASKS[run["task"]]
-        space = [SubnetConfig(row["hidden_size"], row["heads"], row["intermediate_size"],
-                              tuple(row["layers"]), row["name"]) for row in run["space"]]
+        space = [subnet(row) for row in run["space"]]
     except (KeyError, TypeError) as error:
         raise ValueError(f"{folder / 'run.json'} is not one of ours, or was edited: {error} is "
                          f"missing or wrong") from None
@@ -726,24 +1128,59 @@ def exit_on_bad_input(main: Callable[[], int]) -> int:
         return 130
 
 
-def main(argv: Iterable[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="A finished run, measured again: its palette, or "
-                                                 "a decoder's pass@k on HumanEval.")
-    parser.add_argument("run", type=Path, help="a run folder, such as runs/toy")
+BUDGETS = {"max_params": ("parameters", "parameters"), "max_macs": ("macs", "MACs per token"),
+           "max_latency_ms": ("latency_ms", "ms"), "max_size_mb": ("size_mb", "MB")}
+
+
+def parse_arguments(argv: Iterable[str] | None) -> argparse.Namespace:
+    """The options; ValueError for those that contradict each other, before anything is read."""
+    parser = argparse.ArgumentParser(
+        description="A finished run: measure its palette, choose a subnet, ship it, use it.")
+    parser.add_argument("run", type=Path, help="a run folder, such as runs/toy; or, with --plot, "
+                                               "its log.jsonl")
+    parser.add_argument("--model", type=Path, help="the base checkpoint; default: as in the run")
     parser.add_argument("--data-dir", type=Path, help="holds SST-2/ etc.; default: as in the run")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, ...; default cpu")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"),
-                        help="of the frozen weights; default float32")
-    parser.add_argument("--subnets", help="names, separated by commas; default: the whole palette")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"),
+                        help="of the weights, measured or exported; default float32")
+    parser.add_argument("--subnets", "--subnet", metavar="NAMES",
+                        help="names, separated by commas; default: the whole palette")
+    parser.add_argument("--plot", type=Path, metavar="FILE",
+                        help="draw score against parameters and latency (or, of log.jsonl, the "
+                             "training curves); needs matplotlib")
+    parser.add_argument("--baselines", type=Path, nargs="+", default=[], metavar="RUN",
+                        help="other run folders (or log.jsonl) to draw beside it")
+    group = parser.add_argument_group("choosing: the best subnet within a budget; exit code 3 if "
+                                      "none fits")
+    group.add_argument("--max-params", type=float, metavar="N", help="parameters in all")
+    group.add_argument("--max-macs", type=float, metavar="N",
+                       help="multiply-accumulates per token in the layers' linear maps")
+    group.add_argument("--max-latency-ms", type=float, metavar="MS",
+                       help="median latency of the stand-alone model on this machine, batch 1")
+    group.add_argument("--max-size-mb", type=float, metavar="MB",
+                       help="10^6 bytes of weights, stored in --dtype")
+    group = parser.add_argument_group("shipping")
+    group.add_argument("--export", nargs=2, metavar=("SUBNET", "DIR"),
+                       help="write an ordinary checkpoint: config.json, model.safetensors, the "
+                            "tokenizer, a model card")
+    group.add_argument("--pad-heads", action="store_true", help="add heads of zeros where the "
+                       "transformers library could not load the checkpoint else")
+    group.add_argument("--onnx", action="store_true", help="write model.onnx as well, in float32; "
+                       "needs onnx, onnxscript and onnxruntime")
+    group = parser.add_argument_group("using a model")
+    group.add_argument("--predict", nargs="?", const="-", metavar="TEXT",
+                       help="label and probabilities by --subnet NAME; a decoder completes the "
+                            "text. Without TEXT: of each line of standard input. Pairs are "
+                            "separated by a tab")
+    group.add_argument("--max-new-tokens", type=int, default=256, help="default 256")
+    group.add_argument("--temperature", type=float, default=0.0, help="default 0: greedy")
+    group.add_argument("--top-p", type=float, default=1.0, help="default 1")
     group = parser.add_argument_group("HumanEval")
     group.add_argument("--humaneval", type=Path, metavar="FILE", help="HumanEval.jsonl.gz")
     group.add_argument("--allow-code-execution", action="store_true",
                        help="run the generated programs, as the verdict needs")
     group.add_argument("--samples", type=int, default=1, help="per problem; default 1")
     group.add_argument("--batch-size", type=int, default=16, help="default 16")
-    group.add_argument("--max-new-tokens", type=int, default=256, help="default 256")
-    group.add_argument("--temperature", type=float, default=0.0, help="default 0: greedy")
-    group.add_argument("--top-p", type=float, default=1.0, help="default 1")
     args = parser.parse_args(argv)
     if args.humaneval and not args.allow_code_execution:
         raise ValueError("--humaneval runs programs that a model wrote, which may do harm; nothing "
@@ -756,30 +1193,170 @@ def main(argv: Iterable[str] | None = None) -> int:
         raise ValueError("--temperature must be 0 or at least 0.001, --top-p above 0 and at most 1")
     if args.samples > 1 and args.temperature == 0:
         raise ValueError("--samples above 1 need a --temperature: greedy text is always the same")
+    args.budget = {}
+    for option, (key, _) in BUDGETS.items():
+        if (most := getattr(args, option)) is not None:
+            if not most > 0:
+                raise ValueError(f"--{option.replace('_', '-')} must be above 0, not {most:g}")
+            args.budget[key] = most
+    if (args.pad_heads or args.onnx) and not args.export:
+        raise ValueError("--pad-heads and --onnx go with --export SUBNET DIR")
+    if args.baselines and not args.plot:
+        raise ValueError("--baselines goes with --plot FILE")
+    jobs = (args.predict is not None, args.humaneval, args.plot or args.export or args.budget)
+    if sum(map(bool, jobs)) > 1:
+        raise ValueError("--predict, --humaneval, and drawing, choosing or exporting are three "
+                         "things; do one at a time")
+    for path in (args.plot, args.export and Path(args.export[1])):
+        if path and path.exists() and not (path.is_dir() and not any(path.iterdir())):
+            raise FileExistsError(f"{path} exists already; choose another name, or delete it")
+    return args
+
+
+def main(argv: Iterable[str] | None = None) -> int:
+    args = parse_arguments(argv)
+    if args.run.name == "log.jsonl":
+        if not args.plot:
+            raise ValueError(f"{args.run}: what to do with it? --plot FILE draws its curves")
+        keys = {"stage": int, "step": int}
+        plot_curves(args.plot, {str(path): read_lines(path, keys)
+                                for path in (args.run, *args.baselines)})
+        return 0
     problems = read_lines(args.humaneval, TASK_KEYS) if args.humaneval else []
     if args.humaneval and not problems:
         raise ValueError(f"{args.humaneval} has no problems")
-    run, model, space = load_run(args.run, check_device(args.device), getattr(torch, args.dtype))
+    dtype = getattr(torch, args.dtype)
+    run, model, space = load_run(args.run, check_device(args.device), dtype, args.model)
     names = [phi.name for phi in space]
     wanted = args.subnets.split(",") if args.subnets else names
-    if unknown := [name for name in wanted if name not in names]:
-        raise ValueError(f"--subnets: there is no {unknown[0]!r}; this palette has "
-                         f"{', '.join(names)}")
-    space = [phi for phi in space if phi.name in wanted]
+    for name in (*wanted, *(args.export or ())[:1]):
+        if name not in names:
+            raise ValueError(f"there is no subnet {name!r}; this palette has {', '.join(names)}")
+    if args.predict is not None and len(wanted) > 1:
+        raise ValueError(f"--predict needs one --subnet NAME out of {', '.join(names)}")
     tokenizer = data.load_tokenizer(run["base"]["folder"], model.config["vocab_size"])
+    model = model.extract(model.maxnet)              # adapters merged: what is shipped is measured
+    chosen = [phi for phi in space if phi.name in wanted]
     if run["note"]:
-        print(run["note"])
+        print(run["note"], file=sys.stderr if args.predict is not None else sys.stdout)
     if args.humaneval:
-        print_humaneval(args, run, model, space, tokenizer, problems)
+        print_humaneval(args, run, model, chosen, tokenizer, problems)
         return 0
-    task, max_length = data.TASKS[run["task"]], run["hyper_parameters"]["max_length"]
-    splits = data.load_task(run["task"], args.data_dir or run["data"]["folder"], train=False)
-    splits = {name: data.draw(data.encode(tokenizer, rows, max_length),
-                              run["hyper_parameters"]["dev_examples"])
-              for name, rows in splits.items()}
-    rows = palette(model, space, task, splits)
-    print(f"{title(run['task'], task.metrics[0], len(splits['dev'].ids))}; {args.dtype}\n\n"
-          f"{final_table(rows, task.metrics[0])}")
+    if args.predict is not None:
+        print_predictions(args, run, model, chosen[0], tokenizer)
+        return 0
+    rows, where = measure(args, run, model, space, wanted, tokenizer)
+    metric = data.TASKS[run["task"]].metrics[0]
+    if args.plot:
+        heading = f"{run['task']}, {Path(run['base']['folder']).name}"
+        others = {str(path): read_palette(path)[0] for path in args.baselines}
+        plot_palette(args.plot, rows, metric, heading, others)
+    if args.export:
+        ship(args, run, model, rows, where)
+    rows = [row for row in rows if row["name"] in wanted]
+    return print_choice(rows, args.budget, metric, where) if args.budget else 0
+
+
+def measure(args: argparse.Namespace, run: dict, model: SuperTransformer,
+            space: list[SubnetConfig], wanted: list[str],
+            tokenizer: Tokenizer) -> tuple[list[dict], str]:
+    """(rows, a sentence on where they were measured): from palette.json if it has what is asked
+    for, else measured now; printed, and written if it is the whole palette."""
+    rows, measured = read_palette(args.run)
+    task, length = data.TASKS[run["task"]], min(128, model.config["max_position_embeddings"])
+    metric, dtype = task.metrics[0], getattr(torch, args.dtype)
+    now = {"device": device_name(args.device), "threads": torch.get_num_threads(),
+           "dtype": args.dtype, "batch_size": 1, "length": length, "torch": torch.__version__,
+           "adapters": data.sha256([args.run / "adapters.safetensors"])}
+    asked, timed = args.plot or args.export or args.budget, args.plot or args.max_latency_ms
+    fresh = not asked or not rows or (timed and measured != now)
+    if fresh:
+        most, hp = run["hyper_parameters"]["max_length"], run["hyper_parameters"]
+        splits = data.load_task(run["task"], args.data_dir or run["data"]["folder"], train=False)
+        splits = {name: data.draw(data.encode(tokenizer, part, most), hp["dev_examples"])
+                  for name, part in splits.items()}
+        names = {space[0].name, *wanted, *(args.export or ())[:1]}           # shares need Φ_1
+        some = [phi for phi in space if phi.name in names]
+        history = {row["name"]: {"history": row["history"]} for row in rows if "history" in row}
+        rows = [scored | timed | history.get(scored["name"], {}) for scored, timed in
+                zip(palette(model, some, task, splits), latency(model, some, 1, length))]
+        measured = now
+    for row in rows:
+        row["size_mb"] = row["parameters"] * dtype.itemsize / 1e6
+    where = (conditions(measured) if measured else
+             f"Scores as the training run measured them, in {run['dtype']}.")
+    stored = sum(path.stat().st_size for path in checkpoint_files(run["base"]["folder"]))
+    adapters = (args.run / "adapters.safetensors").stat().st_size
+    if fresh:
+        stored = sum(path.stat().st_size for path in checkpoint_files(run["base"]["folder"]))
+        adapters = (args.run / "adapters.safetensors").stat().st_size
+        print(f"{title(run['task'], metric, run['data']['dev'])}\n\n"
+              f"{palette_table(rows, metric)}\n\n{where}\n"
+              f"One supernet stores all {len(space)}: the base checkpoint, {stored / 1e6:.1f} MB, "
+              f"and {adapters / 1e6:.1f} MB for this task. {len(rows)} checkpoints of their own "
+              f"take {sum(row['size_mb'] for row in rows):.1f} MB in {args.dtype}.", flush=True)
+    if fresh and len(rows) == len(space):
+        write_palette(args.run, run, task, rows, measured)
+    return rows, where
+
+
+def ship(args: argparse.Namespace, run: dict, model: SuperTransformer, rows: list[dict],
+         where: str) -> None:
+    """--export, with what the transformers library can make of it."""
+    name, folder, dtype = args.export[0], Path(args.export[1]), getattr(torch, args.dtype)
+    task, row = data.TASKS[run["task"]], next(row for row in rows if row["name"] == args.export[0])
+    small, form = common_form(model.extract(subnet(row)), args.pad_heads)
+    if args.pad_heads:                               # what was measured had no heads of zeros
+        sizes = describe(small, small.maxnet)
+        row = {key: value for key, value in row.items() if not key.endswith("_ms")} | {
+            key: sizes[key] for key in ("heads", "parameters", "encoder_parameters", "macs")}
+        row["size_mb"] = row["parameters"] * dtype.itemsize / 1e6
+    card = model_card(run, [rows[0], row], task.metrics[0], form, args.dtype, where)
+    said = export(small.to(dtype).cpu(), folder, Path(run["base"]["folder"]), task.labels, card,
+                  args.onnx)
+    print(f"Wrote {name} to {folder}: {row['size_mb']:.1f} MB in {args.dtype}. "
+          + "\n".join([form, *said]), flush=True)
+
+
+def print_predictions(args: argparse.Namespace, run: dict, model: SuperTransformer,
+                      phi: SubnetConfig, tokenizer: Tokenizer) -> None:
+    """--predict: a line for TEXT or for each line of standard input, as soon as it is there."""
+    task, decoder = data.TASKS[run["task"]], isinstance(model, Decoder)
+    small, number = model.extract(phi).pack() if decoder else model, 0
+    try:
+        for text in sys.stdin.buffer if args.predict == "-" else [args.predict]:
+            if isinstance(text, bytes):
+                text, number = text.decode().rstrip("\r\n"), number + 1
+            if decoder:
+                text += generate(small, tokenizer, [text], args.max_new_tokens, args.temperature,
+                                 args.top_p)[0]
+            else:
+                text = answer(model, phi, tokenizer, task, text,
+                              run["hyper_parameters"]["max_length"])
+            print(text, flush=True)
+    except UnicodeDecodeError:
+        raise ValueError(f"standard input, line {number + 1}: not UTF-8 text") from None
+
+
+def print_choice(rows: list[dict], budget: dict[str, float], metric: str, where: str) -> int:
+    """The best and the next best within the budget; exit code 3 if there is none."""
+    units = dict(BUDGETS.values())
+    within = ", ".join(f"{most:,g} {units[key]}" for key, most in budget.items())
+    chosen = choose(rows, budget, metric)
+    if not chosen:
+        least = min(rows, key=lambda row: row["parameters"])
+        over = ", ".join(f"{least[key]:,.6g} {units[key]} ({least[key] / most - 1:.0%} over)"
+                         for key, most in budget.items() if least[key] > most)
+        print(f"error: no subnet fits within {within}; the smallest, {least['name']}, has {over}",
+              file=sys.stderr)
+        return 3
+    print(f"Within {within}:")
+    for rank, row in zip(("best", "next best"), chosen):
+        latency = f", {row['latency_ms']:.2f} ms" if "latency_ms" in row else ""
+        print(f"  {rank + ':':10} {row['name']} ({quality(row, metric)}): "
+              f"{row['parameters'] / 1e6:.2f}M parameters, {row['macs'] / 1e6:.2f}M MACs per "
+              f"token, {row['size_mb']:.1f} MB{latency}")
+    print(where)
     return 0
 
 

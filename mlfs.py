@@ -703,8 +703,8 @@ def main(argv: Iterable[str] | None = None) -> int:
           f"{run.folder}/adapters.safetensors ({stored:.1f} MB) and the base model make all "
           f"{len(space)} subnets.")
     choices = [f"{row['name']} ({evaluate.show(metric, row['score'])} ± "
-               f"{evaluate.show(metric, row['stderr'])}) from {row['parameters'] / 1e6:.2f}M "
-               f"parameters on" for row in evaluate.worth_shipping(run.rows, metric)]
+               f"{evaluate.show(metric, row['stderr'])}) from {most / 1e6:.2f}M parameters on"
+               for most, row in evaluate.worth_shipping(run.rows, metric)]
     print((s["note"] + ". " if s["note"] else "") + "Ship " + ", ".join(choices) + ".")
     return 0
 

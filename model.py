@@ -204,6 +204,7 @@ class SuperTransformer(nn.Module):
     adapted = ("query", "key", "value", "intermediate")      # App. A: QKV, FFN's intermediate
     head = ()                                        # trained in full, shared by all subnets
     head_group = 1                                   # heads are kept or dropped by so many
+    has_head_dim = False                             # whether config.json has one outside of here
     model_type = architecture = ""                   # the checkpoint world's names of the class
     tensor_names: dict[str, str] = {}                # ours -> the checkpoint's; {}: layer number
     config_names: dict[str, str] = {}                # the same for config.json
@@ -292,6 +293,33 @@ class SuperTransformer(nn.Module):
             state[name] = whole[tuple(slice(n) for n in part.shape)].clone()             # Π_Φ
         small.load_state_dict(state, assign=True)
         return small
+
+    def common_heads(self) -> int | None:
+        """The fewest heads, from ours on, with which other libraries can express this shape.
+
+        Without a head_dim in their config.json they take the head size to be hidden_size / heads;
+        with one (Llama) they still want heads to divide hidden_size. None if no number will do.
+        """
+        H, N, D = (self.config[k] for k in ("hidden_size", "num_attention_heads", "head_dim"))
+        return next((n for n in range(N, H + 1, self.head_group)
+                     if H % n == 0 and (self.has_head_dim or H // n == D)), None)
+
+    @torch.no_grad()
+    def pad_heads(self, heads: int) -> "SuperTransformer":
+        """The same function with so many heads: the new ones are zeros, which no output reads.
+
+        ValueError if adapters are not merged.
+        """
+        if self.num_stages:
+            raise ValueError("merge the adapters first: model.extract(phi).pad_heads(heads)")
+        config = self.config | {"num_attention_heads": heads}
+        if config.get("num_key_value_heads", 1) > 1:
+            config["num_key_value_heads"] = heads // self.head_group
+        padded = type(self)(config)
+        for new, old in zip(padded.parameters(), self.parameters(), strict=True):
+            new.data = torch.zeros(new.shape, dtype=old.dtype, device=old.device)
+            new[tuple(map(slice, old.shape))] = old
+        return padded
 
     def reorder(self, importance: dict[str, Tensor]) -> None:
         """Put the most important heads and neurons first, where every slice keeps them.
@@ -696,7 +724,7 @@ class LlamaLayer(DecoderLayer):
 class Llama(Decoder):
     """CodeLlama, SmolLM2: RMSNorm, rotary positions, SwiGLU, grouped key/value heads."""
     adapted = ("query", "key", "value", "gate", "intermediate")
-    model_type, architecture = "llama", "LlamaForCausalLM"
+    model_type, architecture, has_head_dim = "llama", "LlamaForCausalLM", True
     config_names = {"layer_norm_eps": "rms_norm_eps"}
     defaults = {"layer_norm_eps": 1e-6, "hidden_act": "silu", "tie_word_embeddings": False}
     required = {"attention_bias": False, "mlp_bias": False, "partial_rotary_factor": 1.0}
@@ -913,6 +941,8 @@ def replacing(path: str | Path):
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield beside
+        os.umask(mask := os.umask(0))
+        beside.chmod(0o666 & ~mask)                                  # safetensors' are private
         with open(beside, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(beside, path)
@@ -920,12 +950,14 @@ def replacing(path: str | Path):
         beside.unlink(missing_ok=True)
 
 
-def save_pretrained(model: SuperTransformer, folder: str | Path) -> None:
+def save_pretrained(model: SuperTransformer, folder: str | Path,
+                    labels: tuple[str, ...] = ()) -> None:
     """A checkpoint (config.json, model.safetensors) of a merged model: see `extract`.
 
     Where heads x head size is not the hidden size (a narrower BERT or SantaCoder), other libraries
-    cannot express it; `load_pretrained` reads it by its head_dim.
-    Raises FileExistsError if the folder holds one already, ValueError if adapters are not merged.
+    cannot express it (`common_heads`); `load_pretrained` reads it by its head_dim. labels: names of
+    the classes. Raises FileExistsError if the folder holds one already, ValueError if adapters are
+    not merged.
     """
     folder = Path(folder)
     if model.num_stages:
@@ -941,8 +973,9 @@ def save_pretrained(model: SuperTransformer, folder: str | Path) -> None:
     config = model.config | {"model_type": model.model_type,
                              "architectures": [model.architecture]}
     if "num_labels" in config:
-        labels = {f"LABEL_{i}": i for i in range(config["num_labels"])}
-        config |= {"label2id": labels, "id2label": {str(i): label for label, i in labels.items()}}
+        labels = labels or [f"LABEL_{i}" for i in range(config["num_labels"])]
+        config |= {"label2id": {label: i for i, label in enumerate(labels)},
+                   "id2label": {str(i): label for i, label in enumerate(labels)}}
     config = {model.config_names.get(key, key): value for key, value in config.items()
               if key not in ("torch_dtype", "dtype", "auto_map")}    # of the original
     with replacing(folder / "config.json") as path:

@@ -6,6 +6,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import data  # noqa: E402
+import mlfs  # noqa: E402
 from model import GPT, Bert, Llama, SubnetConfig, SuperTransformer  # noqa: E402
 
 torch.set_num_threads(1)  # tiny models; more threads only wait for each other
@@ -108,3 +110,23 @@ def random_phi(seed: int, group: int = 1) -> SubnetConfig:
     generator = torch.Generator().manual_seed(seed)
     layers = tuple(sorted(torch.randperm(4, generator=generator)[: draw(1, 4)].tolist()))
     return SubnetConfig(draw(4, 16), draw(1, 4 // group) * group, draw(1, 24), layers)
+
+
+LOAD_TOY = data.load_toy
+
+
+def load_small_toy():
+    return LOAD_TOY(train=300, dev=100)
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory):
+    """One real run of the command line on a small part of the toy, in seconds. Tests copy it before
+    they change it, and patch data.load_toy with `load_small_toy` where they measure again.
+    """
+    folder = tmp_path_factory.mktemp("run") / "toy"
+    command = ["--out", str(folder), "--epochs", "1,1,1", "--widths", "1,.5", "--depths", "1,.5"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "load_toy", load_small_toy)
+        assert mlfs.main(command) == 0
+    return folder

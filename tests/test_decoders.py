@@ -763,7 +763,7 @@ def test_no_generated_code_runs_without_leave(run, tmp_path, monkeypatch, capsys
         evaluate.main(["runs/python-tiny", "--humaneval", "problems.jsonl"])
     folder = run("--epochs", "1,0,0")
     allowed = [str(folder), "--humaneval", "problems.jsonl", "--allow-code-execution"]
-    with pytest.raises(ValueError, match="there is no 'w9'; this palette has w1-d4,"):
+    with pytest.raises(ValueError, match="there is no subnet 'w9'; this palette has w1-d4,"):
         evaluate.main([*allowed, "--subnets", "w9"])
     with pytest.raises(ValueError, match="greedy text is always the same"):
         evaluate.main([*allowed, "--samples", "2"])

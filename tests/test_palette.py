@@ -1,0 +1,528 @@
+"""A palette that people can use: measured, chosen from, shipped, and used. Every way to get a subnet
+gives the same function; every refusal is one sentence, and leaves nothing behind.
+"""
+
+import io
+import json
+import math
+import shutil
+import sys
+import types
+
+import pytest
+import torch
+
+import data
+import evaluate
+from conftest import FAMILIES, batch, load_small_toy, random_phi, randomise_adapters, tiny_llama
+from model import SubnetConfig, SuperTransformer, load_pretrained
+
+PAIR = data.TASKS["mrpc"]
+
+
+@pytest.fixture(autouse=True)
+def small_toy(monkeypatch):
+    monkeypatch.setattr(data, "load_toy", load_small_toy)
+
+
+@pytest.fixture
+def copy(run, tmp_path):
+    """The run folder, to be changed."""
+    return shutil.copytree(run, tmp_path / "toy")
+
+
+def command(*words) -> int:
+    """What the shell would see."""
+    return evaluate.exit_on_bad_input(lambda: evaluate.main(list(map(str, words))))
+
+
+def trained(family: str, seed: int = 0) -> SuperTransformer:
+    """A tiny random model with adapters of all three stages."""
+    model = FAMILIES[family]()
+    for _ in range(3):
+        model.add_stage(2, seed)
+    return randomise_adapters(model, seed)
+
+
+def inputs(model: SuperTransformer) -> dict[str, torch.Tensor]:
+    x = batch()
+    return x if "token_type_embeddings.weight" in model.state_dict() else {"ids": x["ids"]}
+
+
+def row(name: str, parameters: int, score: float, stderr: float = 0.01, **more) -> dict:
+    return {"name": name, "parameters": parameters, "score": score, "stderr": stderr} | more
+
+
+# ------------------------------------------------------------------------------------- measuring
+
+
+def test_measuring_writes_what_every_subnet_is_gives_and_costs(copy, capsys):
+    """Scores are those of the training run; its history stays; palette.md has the table printed."""
+    before, _ = evaluate.read_palette(copy)
+    assert command(copy) == 0
+    printed = capsys.readouterr().out
+    after, measured = evaluate.read_palette(copy)
+    for old, new in zip(before, after, strict=True):
+        assert new["score"] == old["score"] and new["history"] == old["history"]
+        low, high = new["latency_ms_range"]
+        assert 0 < low <= new["latency_ms"] <= high and new["slice_ms"] > 0
+        assert new["size_mb"] == pytest.approx(4e-6 * new["parameters"])
+    assert measured["dtype"] == "float32" and measured["length"] == 64  # the toy has 64 positions
+    table = [line for line in printed.splitlines() if line.startswith("|")]
+    assert len(table) == 6 and "\n".join(table) in (copy / "palette.md").read_text()
+    half = next(line for line in table if line.startswith("| w0.5-d2")).split("|")
+    assert [cell.strip() for cell in half[2:6]] == ["2", "192", "96", "2"]
+    assert "(25%)" in half[7] and "(25%)" in half[8]  # a quarter of the encoder and of its MACs
+
+
+def test_a_part_of_the_palette_is_measured_beside_the_maxnet_and_not_written(copy, capsys):
+    before = (copy / "palette.json").read_bytes()
+    assert command(copy, "--subnets", "w0.5-d2") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in lines if line.startswith("| w")] == ["w1-d4", "w0.5-d2"]
+    assert (copy / "palette.json").read_bytes() == before
+
+
+def test_latency_visits_every_subnet_in_every_round_and_warms_up(tiny, monkeypatch):
+    """A clock that the forward pass moves: 7 ms a layer in the first pass of a visit (warm-up),
+    then 2 ms, the slice in place 1 ms more; in the second round all takes twice as long.
+    """
+    clock, visits, extract = [0.0], [], SuperTransformer.extract
+
+    def forward(self, ids, mask=None, phi=None):
+        assert ids.shape == (3, 5)
+        depth = len((phi or self.maxnet).layers)
+        if not visits or visits[-1][0] != depth:
+            visits.append((depth, []))
+        passes = visits[-1][1]
+        passes.append("slice" if phi else "alone")
+        milliseconds = depth * (7 if len(passes) <= 2 else 2) + (1 if phi else 0)
+        clock[0] += 1e-3 * milliseconds * (1 if len(visits) <= 2 else 2)
+
+    monkeypatch.setattr(SuperTransformer, "forward", forward)
+    monkeypatch.setattr(evaluate.time, "perf_counter", lambda: clock[0])
+    space = [tiny.maxnet, SubnetConfig(16, 2, 12, (1, 3))]
+    rows = evaluate.latency(tiny, space, batch_size=3, length=5, rounds=2, runs=3)
+    assert [depth for depth, _ in visits] == [4, 2, 4, 2]
+    assert all(passes == ["alone", "slice"] * 4 for _, passes in visits)
+    for depth, timed in zip((4, 2), rows):
+        assert timed["latency_ms"] == pytest.approx(1.5 * 2 * depth)  # half the runs at each speed
+        assert timed["slice_ms"] == pytest.approx(1.5 * (2 * depth + 1))
+        assert timed["latency_ms_range"] == pytest.approx([2 * depth, 4 * depth])
+
+
+# -------------------------------------------------------------------------------------- choosing
+
+ROWS = [
+    row("large", 100, 0.93, latency_ms=10.0, macs=80),
+    row("middle", 60, 0.925, latency_ms=7.0, macs=50),  # within a standard error of large
+    row("slow", 40, 0.90, latency_ms=9.0, macs=45),
+    row("small", 20, 0.85, latency_ms=2.0, macs=10),
+]
+
+
+@pytest.mark.parametrize(
+    "budget, names",
+    [
+        ({}, ["middle", "large", "slow", "small"]),
+        ({"parameters": 50}, ["slow", "small"]),
+        ({"parameters": 50, "latency_ms": 8}, ["small"]),
+        ({"macs": 50}, ["middle", "slow", "small"]),
+        ({"macs": 5}, []),
+    ],
+)
+def test_the_best_within_the_budget_and_the_smaller_of_two_within_a_standard_error(budget, names):
+    assert [row["name"] for row in evaluate.choose(ROWS, budget, "accuracy")] == names
+    losses = [row | {"score": 1 - row["score"]} for row in ROWS]
+    assert [row["name"] for row in evaluate.choose(losses, budget, "loss")] == names
+
+
+def test_what_is_worth_shipping_is_what_would_be_chosen_for_every_budget():
+    draw = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        scores = torch.rand(8, generator=draw).tolist()
+        rows = [row(str(i), i + 1, s, stderr=0.1) for i, s in enumerate(scores)]
+        listed = evaluate.worth_shipping(rows, "accuracy")
+        for most in range(1, 9):
+            last = [best for n, best in listed if n <= most][-1]
+            assert last is evaluate.choose(rows, {"parameters": most}, "accuracy")[0]
+
+
+def test_a_budget_is_answered_from_the_stored_palette(copy, capsys, monkeypatch):
+    """Scores and sizes are there from the training run: nothing is measured, no data is read."""
+    monkeypatch.delattr(data, "load_task")
+    assert command(copy, "--max-params", "0.3e6", "--max-size-mb", 1.2) == 0
+    rows, _ = evaluate.read_palette(copy)
+    within = [row for row in rows if row["parameters"] <= 0.3e6]
+    best, second = evaluate.choose(within, {}, "accuracy")[:2]
+    out = capsys.readouterr().out
+    assert f"best:      {best['name']} " in out and f"next best: {second['name']} " in out
+    assert f"{best['parameters'] / 1e6:.2f}M parameters" in out and "bfloat16" not in out
+
+
+def test_a_latency_budget_is_measured_here_once(copy, capsys, monkeypatch):
+    """Latency measured elsewhere, or of other weights, says nothing; measured here, it is kept."""
+    calls = []
+    timed = {"latency_ms": 5.0, "latency_ms_range": [4.0, 6.0]}
+    timed |= {"slice_ms": 6.0, "slice_ms_range": [5.0, 7.0]}
+    monkeypatch.setattr(
+        evaluate, "latency", lambda model, space, *_: calls.append(1) or [timed for _ in space]
+    )
+    assert command(copy, "--max-latency-ms", 5) == command(copy, "--max-latency-ms", 6) == 0
+    assert len(calls) == 1
+    content = json.loads((copy / "palette.json").read_text())
+    content["measured"]["device"] = "another machine"
+    (copy / "palette.json").write_text(json.dumps(content))
+    assert command(copy, "--max-latency-ms", 4) == 3 and len(calls) == 2
+    assert "no subnet fits within 4 ms" in capsys.readouterr().err
+
+
+def test_when_none_fits_the_smallest_is_named_with_what_it_lacks_and_exit_code_3(copy, capsys):
+    assert command(copy, "--max-params", 1e5, "--max-macs", 1e9) == 3
+    rows, _ = evaluate.read_palette(copy)
+    least = rows[-1]["parameters"]
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert f"w0.5-d2, has {least:,} parameters ({least / 1e5 - 1:.0%} over)" in message
+
+
+# -------------------------------------------------------------------------------------- shipping
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_slice_extract_export_and_reload_are_one_function(family, seed, tmp_path):
+    """For random Φ: the same bits in float32, the same logits to 1e-5."""
+    model = trained(family, seed)
+    phi, x = random_phi(seed, model.head_group), inputs(model)
+    small = model.extract(phi)
+    (tmp_path / "vocab.txt").write_text("a word list")
+    evaluate.export(small, tmp_path / "out", tmp_path, (), "card")
+    again = load_pretrained(tmp_path / "out")
+    for p, q in zip(small.parameters(), again.parameters(), strict=True):
+        assert torch.equal(p, q)
+    sliced = model(**x, phi=phi)[0]
+    assert (again(**x)[0] - sliced).abs().max() < 1e-5
+    assert (small(**x)[0] - sliced).abs().max() < 1e-5
+    assert (tmp_path / "out" / "vocab.txt").read_text() == "a word list"
+    assert (tmp_path / "out" / "README.md").read_text() == "card"
+
+
+def test_an_exported_slice_is_a_checkpoint_with_tokenizer_labels_and_model_card(copy, capsys):
+    folder = copy.parent / "out"
+    assert command(copy, "--export", "w0.5-d2", folder) == 0
+    said = capsys.readouterr().out
+    assert "cannot express 2 heads of 24 at hidden size 96" in said and "--pad-heads" in said
+    names = {"config.json", "model.safetensors", "vocab.txt", "README.md"}
+    assert {path.name for path in folder.iterdir()} == names
+    assert all(path.stat().st_mode & 0o777 == 0o644 for path in folder.iterdir())
+    config = json.loads((folder / "config.json").read_text())
+    assert config["id2label"] == {"0": "negative", "1": "positive"}
+    run, model, space = evaluate.load_run(copy)
+    tokenizer = data.load_tokenizer(folder)
+    (x, _), *_ = data.batches(data.encode(tokenizer, load_small_toy()["dev"], 64), 16)
+    small = load_pretrained(folder)
+    assert (small(**x)[0] - model(**x, phi=space[-1])[0]).abs().max() < 1e-5
+    rows, _ = evaluate.read_palette(copy)
+    card = (folder / "README.md").read_text()
+    assert f"{rows[-1]['parameters'] / 1e6:.2f}M" in card and "Layers kept, from 0: 1, 3" in card
+    assert f"{100 * rows[-1]['score']:.1f} ± " in card and run["base"]["sha256"] in card
+
+
+@pytest.mark.parametrize("dtype, width", [("bfloat16", 2), ("float16", 2), ("float32", 4)])
+def test_the_file_has_the_type_and_size_that_the_table_says(copy, dtype, width, capsys):
+    folder = copy.parent / "out"
+    assert command(copy, "--export", "w1-d2", folder, "--dtype", dtype) == 0
+    rows, _ = evaluate.read_palette(copy)
+    stored = evaluate.safe_open(folder / "model.safetensors", framework="pt")
+    dtypes = {stored.get_tensor(name).dtype for name in stored.keys()}
+    assert dtypes == {getattr(torch, dtype)}
+    size = (folder / "model.safetensors").stat().st_size
+    assert size == pytest.approx(width * rows[1]["parameters"], rel=0.02)
+    assert f"{width * rows[1]['parameters'] / 1e6:.1f} MB in {dtype}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_heads_of_zeros_change_the_shape_and_not_the_function(family):
+    model, x = trained(family), inputs(trained(family))
+    phi = SubnetConfig(12, 2, 10, (0, 2))  # 2 heads of 4 at hidden size 12
+    small = model.extract(phi)
+    expected = {"bert": 3, "gpt": 3, "llama": 2}  # a Llama's config.json has a head_dim
+    assert small.common_heads() == expected[family]
+    padded = small.pad_heads(3)
+    assert (padded(**x)[0] - small(**x)[0]).abs().max() < 1e-6
+    extra = padded.layers[0].attention_output.weight[:, 2 * 4 :]
+    assert extra.numel() and not extra.any()
+
+
+def test_which_shapes_other_libraries_can_express():
+    """BERT: heads x head size is hidden size. Llama: heads divide hidden size, in whole groups."""
+    bert = FAMILIES["bert"]()
+    found = lambda model, hidden, heads: model.extract(
+        SubnetConfig(hidden, heads, 8, (0,))
+    ).common_heads()
+    assert [found(bert, 16, 4), found(bert, 16, 1), found(bert, 8, 2)] == [4, 4, 2]
+    assert found(bert, 10, 2) is None and found(bert, 8, 4) is None
+    grouped = tiny_llama(hidden_size=24, num_attention_heads=6)  # three heads a key
+    assert [found(grouped, 24, 6), found(grouped, 24, 3), found(grouped, 16, 3)] == [6, 3, 4]
+    nine = tiny_llama(hidden_size=16, num_attention_heads=9, num_key_value_heads=3)
+    assert found(nine, 16, 6) is None  # 6 and 9 do not divide 16, nor 12 and 15
+
+
+def test_padding_is_refused_where_it_is_not_needed_or_does_not_help(copy, capsys, tmp_path):
+    assert command(copy, "--export", "w1-d2", tmp_path / "out", "--pad-heads") == 2
+    assert "nothing to pad" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    odd = FAMILIES["bert"]().extract(SubnetConfig(10, 2, 8, (0,)))
+    with pytest.raises(ValueError, match="no number of heads"):
+        evaluate.common_form(odd, pad=True)
+    assert "padded or not" in evaluate.common_form(odd, pad=False)[1]
+
+
+def test_an_export_that_fails_leaves_nothing(copy, monkeypatch, capsys):
+    def fail(*_):
+        raise OSError("No space left on device")
+
+    folder = copy.parent / "out"
+    monkeypatch.setattr(evaluate.shutil, "copyfile", fail)
+    assert command(copy, "--export", "w1-d2", folder) == 2
+    assert capsys.readouterr().err == "error: No space left on device\n"
+    assert [path.name for path in copy.parent.iterdir()] == ["toy"]
+
+
+def test_nothing_that_exists_is_overwritten(copy, capsys, monkeypatch):
+    """Told before anything is loaded."""
+    monkeypatch.delattr(evaluate, "load_run")
+    taken = copy.parent / "taken"
+    taken.mkdir()
+    (taken / "letter").write_text("dear")
+    assert command(copy, "--export", "w1-d2", taken) == 2
+    assert command(copy, "--plot", taken / "letter") == 2
+    assert capsys.readouterr().err.count("exists already") == 2
+    assert (taken / "letter").read_text() == "dear"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("seed", range(4))
+def test_the_transformers_library_gives_the_same_logits(family, seed, tmp_path):
+    """Whatever it can express, and after padding the rest: within 1e-4 (where it is installed)."""
+    transformers = pytest.importorskip("transformers")
+    model = trained(family, seed)
+    sizes = random_phi(seed, model.head_group)
+    phi = SubnetConfig(
+        (8, 12, 16)[seed % 3],
+        min(2, sizes.num_attention_heads) // model.head_group * model.head_group,
+        sizes.intermediate_size,
+        sizes.layers,
+    )
+    small, x = model.extract(phi), batch()
+    form, _ = evaluate.common_form(small, pad=small.common_heads() != phi.num_attention_heads)
+    evaluate.export(form, tmp_path / "out", tmp_path, ("no", "maybe", "yes"), "card")
+    kind = "SequenceClassification" if family == "bert" else "CausalLM"
+    theirs, report = getattr(transformers, f"AutoModelFor{kind}").from_pretrained(
+        tmp_path / "out", output_loading_info=True
+    )
+    assert not any(report.values())  # nothing missing, nothing left over
+    more = {"token_type_ids": x["segments"]} if family == "bert" else {}
+    z = theirs.eval()(x["ids"], attention_mask=x["mask"], **more).logits
+    real = slice(None) if family == "bert" else x["mask"].bool()
+    ours = model(**(x if family == "bert" else {"ids": x["ids"], "mask": x["mask"]}), phi=phi)[0]
+    assert (z - ours)[real].abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_onnx_gives_the_same_logits_for_any_batch_and_length(family, tmp_path):
+    pytest.importorskip("onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model = trained(family)
+    small = model.extract(SubnetConfig(12, 2, 10, (0, 2)))
+    said = evaluate.export_onnx(small, tmp_path / "model.onnx")
+    assert "onnxruntime" in said and "PyTorch" in said
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    for size, length in ((1, 1), (4, 32), (2, 9)):
+        ids = torch.randint(50, (size, length))
+        feed = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        feed |= {"token_type_ids": torch.zeros_like(ids)} if family == "bert" else {}
+        z = session.run(None, {name: part.numpy() for name, part in feed.items()})[0]
+        assert (torch.from_numpy(z) - small(ids)[0]).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize(
+    "words, missing, advice",
+    [
+        (["--plot", "p.png"], "matplotlib.figure", "pip install matplotlib"),
+        (["--export", "w1-d2", "out", "--onnx"], "onnxruntime", "pip install onnx onnxscript"),
+    ],
+)
+def test_a_missing_extra_is_one_clear_sentence(words, missing, advice, copy, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, missing, None)
+    monkeypatch.chdir(copy.parent)
+    assert command(copy, *words) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and advice in message
+    assert [path.name for path in copy.parent.iterdir()] == ["toy"]
+
+
+# -------------------------------------------------------------------------------------- pictures
+
+
+def test_the_pareto_front_has_whatever_nothing_as_cheap_beats():
+    rows = [
+        row("a", 1, 0.5),
+        row("b", 2, 0.4),
+        row("c", 3, 0.9),
+        row("d", 3, 0.8),
+        row("e", 4, 0.9),
+    ]
+    assert [r["name"] for r in evaluate.pareto(rows, "parameters", "accuracy")] == ["a", "c"]
+    assert [r["name"] for r in evaluate.pareto(rows, "parameters", "loss")] == ["a", "b"]
+
+
+def test_the_pictures_show_every_subnet_of_every_run(copy, tmp_path):
+    pytest.importorskip("matplotlib")
+    svg = tmp_path / "palette.svg"
+    assert command(copy, "--plot", svg, "--baselines", copy) == 0
+    assert command(copy / "log.jsonl", "--plot", tmp_path / "curves.png") == 0
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    text = svg.read_text()
+    for word in ("w1-d4", "w0.5-d2", "Pareto front", "teacher", "latency, ms", str(copy)):
+        assert f"<!-- {word} -->" in text, word
+
+
+# ---------------------------------------------------------------------------------- using a model
+
+
+def test_a_prediction_is_the_slices_softmax(copy, capsys):
+    text = "the plot is not very good ."
+    assert command(copy, "--subnet", "w0.5-d4", "--predict", text) == 0
+    label, *classes = capsys.readouterr().out.rstrip("\n").split("\t")
+    _, model, space = evaluate.load_run(copy)
+    ids = torch.tensor([data.load_tokenizer(data.DOWNLOADS / "toy").encode(text).ids])
+    p = model(ids, phi=space[2])[0].softmax(-1)[0].tolist()
+    assert classes == [f"negative {p[0]:.3f}", f"positive {p[1]:.3f}"]
+    assert label == ("positive" if p[1] > p[0] else "negative")
+
+
+def test_lines_of_standard_input_are_answered_one_by_one(copy, capsys, monkeypatch):
+    sent = b"the plot is good .\r\n\nthe cast is dull .\n\xff\n"
+    monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(buffer=io.BytesIO(sent)))
+    assert command(copy, "--subnet", "w1-d4", "--predict") == 2
+    out, err = capsys.readouterr()
+    assert len(out.splitlines()) == 3 and "line 4: not UTF-8" in err
+    command(copy, "--subnet", "w1-d4", "--predict", "the plot is good .")
+    assert capsys.readouterr().out == out.splitlines(keepends=True)[0]
+
+
+def test_a_pair_is_separated_by_a_tab_and_its_parts_are_counted(tiny):
+    """The second sentence is segment 1; an answer of one output is a score."""
+    tokenizer = data.load_tokenizer(data.DOWNLOADS / "toy")
+    rows = data.Rows([("the plot", "is good")], None)._replace(labels=torch.zeros(1).numpy())
+    ids = data.encode(tokenizer, rows, 64)
+    tiny = FAMILIES["bert"](vocab_size=70, num_labels=2)
+    ((x, _),) = data.batches(ids, 1)
+    assert x["segments"].any()
+    p = tiny(**x)[0].softmax(-1)[0].tolist()
+    said = evaluate.answer(tiny, tiny.maxnet, tokenizer, PAIR, "the plot\tis good", 64)
+    assert said.split("\t")[1:] == [f"different {p[0]:.3f}", f"duplicate {p[1]:.3f}"]
+    for text in ("the plot", "a\tb\tc"):
+        with pytest.raises(ValueError, match="the task takes 2"):
+            evaluate.answer(tiny, tiny.maxnet, tokenizer, PAIR, text, 64)
+    score = FAMILIES["bert"](vocab_size=70, num_labels=1)
+    said = evaluate.answer(
+        score, score.maxnet, tokenizer, data.TASKS["stsb"], "the plot\tis good", 64
+    )
+    assert float(said) == pytest.approx(score(**x)[0].item(), abs=5e-4)
+
+
+def test_one_supernet_serves_a_budget_that_changes_from_request_to_request():
+    """Every Φ reads the same memory: no weight is copied, moved or left behind, and each answer is
+    that of the stand-alone model."""
+    model = trained("bert")
+    supernet = model.extract(model.maxnet)
+    places = [p.data_ptr() for p in supernet.parameters()]
+    bits = [p.clone() for p in supernet.parameters()]
+    requests = [(random_phi(seed), batch(seed)) for seed in range(20)]
+    for phi, x in requests:
+        assert (supernet(**x, phi=phi)[0] - model.extract(phi)(**x)[0]).abs().max() < 1e-5
+    assert [p.data_ptr() for p in supernet.parameters()] == places
+    assert all(map(torch.equal, bits, supernet.parameters()))
+
+
+# ------------------------------------------------------------------------------- what is refused
+
+
+def edit(name: str, old: str, new: str):
+    def spoil(folder):
+        text = (folder / name).read_text()
+        assert old in text
+        (folder / name).write_text(text.replace(old, new, 1))
+
+    return spoil
+
+
+def flip(folder):
+    """One bit in the last tensor."""
+    content = bytearray((folder / "adapters.safetensors").read_bytes())
+    content[-3] ^= 4
+    (folder / "adapters.safetensors").write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "spoil, words",
+    [
+        (flip, "adapters.safetensors is damaged"),
+        (edit("run.json", '"intermediate_size": 192', '"intermediate_size": 96'), "was edited"),
+        (edit("run.json", '"seed": 0', '"seed": 1'), "was edited"),
+        (edit("run.json", '"task": "toy"', '"task": "sst2"'), "was edited"),
+        (edit("palette.json", '"score": 0', '"scores": 0'), "palette.json is not one of ours"),
+        (edit("palette.json", '"subnets": [', '"subnets": [3, '), "palette.json is not one of"),
+        (edit("palette.json", "{", ""), "palette.json is not valid JSON"),
+    ],
+)
+def test_a_spoiled_or_edited_run_folder_is_refused(copy, spoil, words, capsys):
+    spoil(copy)
+    assert command(copy, "--max-params", 1e9) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and words in message
+
+
+@pytest.mark.parametrize("name", ["config.json", "vocab.txt", "model.safetensors"])
+def test_any_change_of_the_base_checkpoint_is_noticed(copy, name, capsys):
+    base = shutil.copytree(data.DOWNLOADS / "toy", copy.parent / "base")
+    assert command(copy, "--model", base, "--max-params", 1e9) == 0  # moved, but the same
+    with open(base / name, "ab") as file:
+        file.write(b" ")
+    assert command(copy, "--model", base, "--max-params", 1e9) == 2
+    assert "is not the checkpoint that" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--export", "w9", "out"], "there is no subnet 'w9'; this palette has w1-d4, w1-d2"),
+        (["--predict", "x"], "--predict needs one --subnet NAME"),
+        (["--predict", "a\tb", "--subnet", "w1-d4"], "2 parts separated by tabs; the task takes 1"),
+        (["--max-params", "-3"], "--max-params must be above 0, not -3"),
+        (["--max-latency-ms", "nan"], "--max-latency-ms must be above 0"),
+        (["--onnx"], "go with --export"),
+        (["--baselines", "x"], "goes with --plot"),
+        (["--predict", "x", "--max-params", "3"], "do one at a time"),
+    ],
+)
+def test_bad_options_are_one_sentence_and_exit_code_2(run, words, message, capsys):
+    assert command(run, *words) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and message in error
+
+
+def test_a_log_without_losses_and_a_log_without_a_question(copy, tmp_path, capsys):
+    assert command(copy / "log.jsonl") == 2
+    (tmp_path / "log.jsonl").write_text('{"stage": 0, "step": 0}\n')
+    assert command(tmp_path / "log.jsonl", "--plot", tmp_path / "p.png") == 2
+    error = capsys.readouterr().err
+    assert "--plot FILE draws its curves" in error and "has no losses yet" in error
+
+
+def test_a_score_of_zero_has_no_share():
+    rows = [row("a", 1, 0.0, heads=1), row("b", 1, 0.5, heads=1)]
+    table = evaluate.palette_table(rows, "matthews")
+    assert "(nan%)" in table and not math.isnan(rows[0]["score"])
