@@ -104,7 +104,7 @@ def standard_error(metric: str, predictions: np.ndarray, labels: np.ndarray) -> 
 
 # --------------------------------------------------------------------------------- the palette
 
-@torch.no_grad()
+@torch.inference_mode()
 def predict(model: SuperTransformer, phi: SubnetConfig, examples: data.Examples,
             batch_size: int = 64) -> tuple[np.ndarray, np.ndarray]:
     """Predicted classes (or scores) and their labels, shortest example first."""
@@ -116,7 +116,7 @@ def predict(model: SuperTransformer, phi: SubnetConfig, examples: data.Examples,
     return torch.cat(outputs).cpu().numpy(), torch.cat(labels).cpu().numpy()
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def next_token_losses(model: SuperTransformer, phi: SubnetConfig, examples: data.Examples,
                       batch_size: int = 8) -> np.ndarray:
     """Cross-entropy in nats per next token, mean over each window (M,)."""
@@ -1285,8 +1285,6 @@ def measure(args: argparse.Namespace, run: dict, model: SuperTransformer,
         row["size_mb"] = row["parameters"] * dtype.itemsize / 1e6
     where = (conditions(measured) if measured else
              f"Scores as the training run measured them, in {run['dtype']}.")
-    stored = sum(path.stat().st_size for path in checkpoint_files(run["base"]["folder"]))
-    adapters = (args.run / "adapters.safetensors").stat().st_size
     if fresh:
         stored = sum(path.stat().st_size for path in checkpoint_files(run["base"]["folder"]))
         adapters = (args.run / "adapters.safetensors").stat().st_size
