@@ -418,19 +418,16 @@ def new_folder(folder: Path):
 
 
 def export(small: SuperTransformer, folder: Path, base: Path, labels: tuple[str, ...],
-           card: str, onnx: bool = False) -> list[str]:
+           card: str, onnx: bool = False) -> str:
     """An ordinary checkpoint of a merged subnet: config.json, model.safetensors, the base's
-    tokenizer files, a model card and, if wanted, model.onnx. Returns what there is to say of it."""
-    said = []
+    tokenizer files, a model card and, if wanted, model.onnx. Returns what that does, if it is."""
     with new_folder(folder) as beside:
         save_pretrained(small, beside, labels)
         for name in TOKENIZER_FILES:
             if (base / name).exists():
                 shutil.copyfile(base / name, beside / name)
         (beside / "README.md").write_text(card, encoding="utf-8")
-        if onnx:
-            said.append(export_onnx(small, beside / "model.onnx"))
-    return said
+        return export_onnx(small, beside / "model.onnx") if onnx else ""
 
 
 def common_form(small: SuperTransformer, pad: bool) -> tuple[SuperTransformer, str]:
@@ -1313,7 +1310,7 @@ def ship(args: argparse.Namespace, run: dict, model: SuperTransformer, rows: lis
     said = export(small.to(dtype).cpu(), folder, Path(run["base"]["folder"]), task.labels, card,
                   args.onnx)
     print(f"Wrote {name} to {folder}: {row['size_mb']:.1f} MB in {args.dtype}. "
-          + "\n".join([form, *said]), flush=True)
+          + "\n".join(filter(None, (form, said))), flush=True)
 
 
 def print_predictions(args: argparse.Namespace, run: dict, model: SuperTransformer,

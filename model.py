@@ -422,13 +422,12 @@ class BertLayer(nn.Module):
         self.head_dim, self.activation = c["head_dim"], ACTIVATIONS[c["hidden_act"]]
 
     def forward(self, x: Tensor, bias: Tensor | None, phi: SubnetConfig) -> Tensor:
-        N = phi.num_attention_heads                                          # x is (B, T, H)
-        q, k, v = (linear(x, N * self.head_dim).unflatten(-1, (N, -1)).transpose(1, 2)
-                   for linear in (self.query, self.key, self.value))         # (B, N, T, D)
-        context = attention(q, k, v, bias).transpose(1, 2).flatten(2)        # (B, T, N·D)
-        x = self.attention_norm(x + self.attention_output(context, phi.hidden_size))
-        inner = self.activation(self.intermediate(x, phi.intermediate_size))     # (B, T, F)
-        return self.output_norm(x + self.output(inner, phi.hidden_size))
+        N, H, I = phi.num_attention_heads, phi.hidden_size, phi.intermediate_size
+        qkv = (linear(x, N * self.head_dim).unflatten(-1, (N, -1)).transpose(1, 2)
+               for linear in (self.query, self.key, self.value))     # (B, T, H) -> (B, N, T, D)
+        attended = self.attention_output(attention(*qkv, bias).transpose(1, 2).flatten(2), H)
+        x = self.attention_norm(x + attended)        # no name above holds large states from here on
+        return self.output_norm(x + self.output(self.activation(self.intermediate(x, I)), H))
 
 
 class Bert(SuperTransformer):

@@ -551,6 +551,28 @@ def test_a_decoders_palette_learns_and_is_read_back(run, options, capsys):
         assert f"{row['score']:.3f}" in again
 
 
+def test_a_decoder_is_chosen_exported_and_completes_a_text(run, capsys):
+    """The lowest loss within the budget; the exported slice and --predict go on with the same text."""
+    folder = run("--epochs", "3,1,3", "--learning-rate", "1e-2")
+    capsys.readouterr()
+    assert evaluate.main([str(folder), "--max-params", "1e9", "--max-latency-ms", "1e9"]) == 0
+    rows, _ = evaluate.read_palette(folder)
+    best = evaluate.choose(rows, {}, "loss")[0]
+    lowest = min(rows, key=lambda row: row["score"])
+    assert best["score"] <= lowest["score"] + lowest["stderr"]
+    out = capsys.readouterr().out
+    assert f"best:      {best['name']} ({best['score']:.3f}" in out and " ms\n" in out
+    assert evaluate.main([str(folder), "--export", "w0.5-d2", "out"]) == 0
+    assert "The transformers library can load it." in capsys.readouterr().out
+    small, tokenizer = load_pretrained("out"), data.load_tokenizer("out")
+    text = "for i in"
+    command = [str(folder), "--subnet", "w0.5-d2", "--max-new-tokens", "5", "--predict", text]
+    assert evaluate.main(command) == 0
+    said = capsys.readouterr().out
+    assert said == text + evaluate.generate(small, tokenizer, [text], 5)[0] + "\n"
+    assert len(said) > len(text) + 1
+
+
 def test_a_random_start_knows_nothing_and_is_read_back(run, capsys):
     """Figs. 5 and 6: the checkpoint's weights are not used; low-rank adapters sit on the same draw."""
     folder = run("--init", "random", "--epochs", "1,0,0", "--validate-every", "100")

@@ -5,10 +5,12 @@ commands are those that CI runs.
 import ast
 import dataclasses
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 
+import data
 import evaluate
 import mlfs
 
@@ -98,11 +100,18 @@ def test_every_option_that_the_readme_names_exists(capsys):
     )
 
 
-def test_the_readmes_python_example_runs(tmp_path, monkeypatch):
+def test_the_readmes_python_examples_run(run, tmp_path, monkeypatch, capsys):
     (tmp_path / "weights").symlink_to(ROOT / "weights")
+    shutil.copytree(run, tmp_path / "runs" / "toy")
     monkeypatch.chdir(tmp_path)
+    serving, slicing = re.findall(r"```python\n(.*?)```", README, re.S)
+    exec(serving, {})
+    large, small = capsys.readouterr().out.splitlines()
+    rows, _ = evaluate.read_palette(run)
+    assert large.startswith(evaluate.choose(rows, {}, "accuracy")[0]["name"])
+    assert small.startswith("w0.5-d2") and large.split()[1] in data.MOOD
     scope: dict = {}
-    exec(re.search(r"```python\n(.*?)```", README, re.S)[1], scope)
+    exec(slicing, scope)
     assert scope["logits"].shape == (8, 2)
     assert abs(scope["small"](**scope["x"])[0] - scope["logits"]).max() < 1e-5
     again = scope["load_pretrained"](tmp_path / "runs" / "minnet")

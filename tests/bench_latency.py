@@ -1,0 +1,83 @@
+"""How fast a subnet is: extracted against the maxnet, in place against extracted, ours against the
+transformers library's BERT, and what it costs to switch Φ from one request to the next.
+
+    pip install transformers==5.23.0 && python tests/bench_latency.py [float32|bfloat16]
+
+Random weights of BERT-base's shape. In every comparison the contestants take turns, and ratios are
+those of the medians. Not a test: run it by hand on a quiet machine (5 minutes on two cores).
+"""
+import sys
+import time
+from pathlib import Path
+from typing import Callable
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import evaluate  # noqa: E402
+from mlfs import configuration_space  # noqa: E402
+from model import Bert  # noqa: E402
+
+CONFIG = {"model_type": "bert", "vocab_size": 30522, "hidden_size": 768, "num_attention_heads": 12,
+          "head_dim": 64, "intermediate_size": 3072, "num_hidden_layers": 12,
+          "max_position_embeddings": 512, "type_vocab_size": 2, "layer_norm_eps": 1e-12,
+          "hidden_act": "gelu", "num_labels": 2}
+
+
+def medians(contestants: dict[str, Callable], rounds: int) -> dict[str, float]:
+    """Milliseconds of each, taking turns, after one turn to warm up."""
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    for _ in range(rounds + 1):
+        for name, run in contestants.items():
+            start = time.perf_counter()
+            run()
+            times[name].append(1e3 * (time.perf_counter() - start))
+    return {name: float(np.median(some[1:])) for name, some in times.items()}
+
+
+@torch.inference_mode()
+def main(dtype: torch.dtype) -> None:
+    from transformers import BertConfig, BertForSequenceClassification  # to compare with, not ours
+    ours = Bert(CONFIG).initialise().to(dtype)
+    theirs = BertForSequenceClassification(BertConfig()).eval().to(dtype)
+    space = configuration_space(ours.maxnet)
+    print(f"{evaluate.device_name('cpu')}, {torch.get_num_threads()} threads, {dtype}, torch "
+          f"{torch.__version__}\n\nBatch 1, 128 tokens:")
+
+    maxnet, half, minnet = evaluate.latency(ours, [space[0], space[6], space[-1]], runs=8)
+    for name, row in (("maxnet", maxnet), (space[6].name, half), (space[-1].name, minnet)):
+        print(f"  {name:8} extracted {row['latency_ms']:6.1f} ms "
+              f"({row['latency_ms'] / maxnet['latency_ms']:.2f} of the maxnet's), in place "
+              f"{row['slice_ms']:6.1f} ms ({row['slice_ms'] / row['latency_ms']:.2f} of extracted)")
+
+    print("\nMaxnet against the transformers library, milliseconds (ratio above 1: ours is faster):")
+    for batch in (1, 32):
+        for length in (16, 128, 512):
+            ids = torch.randint(1000, 30000, (batch, length))
+            mask = torch.ones_like(ids)
+            padded = mask.clone()
+            padded[-1, length // 2:] = 0
+            pair = {"ours": lambda: ours(ids), "theirs": lambda: theirs(ids, attention_mask=mask)}
+            if batch > 1 and length < 512:
+                pair |= {"ours, padded": lambda: ours(ids, padded),
+                         "theirs, padded": lambda: theirs(ids, attention_mask=padded)}
+            ms = medians(pair, max(3, min(40, 20000 // (batch * length))))
+            ratios = [ms[name.replace("ours", "theirs")] / ms[name] for name in ms if "ours" in name]
+            print(f"  batch {batch:2}, length {length:3}: "
+                  + ", ".join(f"{name} {value:.1f}" for name, value in ms.items())
+                  + "; ratio " + " and ".join(f"{ratio:.2f}" for ratio in ratios), flush=True)
+
+    ids = torch.randint(1000, 30000, (1, 16))
+    small, smaller = space[4], space[8]
+    ms = medians({"stay": lambda: [ours(ids, None, small), ours(ids, None, small),
+                                   ours(ids, None, smaller), ours(ids, None, smaller)],
+                  "switch": lambda: [ours(ids, None, small), ours(ids, None, smaller),
+                                     ours(ids, None, small), ours(ids, None, smaller)]}, 60)
+    print(f"\nFour requests of 16 tokens, two by {small.name} and two by {smaller.name}: "
+          f"{ms['stay']:.2f} ms with one switch, {ms['switch']:.2f} ms with three: "
+          f"{1e3 * (ms['switch'] - ms['stay']) / 2:+.0f} µs a switch")
+
+
+if __name__ == "__main__":
+    main(getattr(torch, sys.argv[1] if len(sys.argv) > 1 else "float32"))
