@@ -870,6 +870,7 @@ def check_correctness(problem: dict, completion: str, timeout: float = 10.0) -> 
 
 RUN_FILES = ("run.json", "log.jsonl", "palette.json", "palette.md", "adapters.safetensors",
              "state.safetensors")
+LOCKS: list = []                                     # open files; the system frees them at the end
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -895,15 +896,31 @@ def take_folder(folder: Path, settings: dict, resume: bool, overwrite: bool) -> 
                 raise ValueError(f"{folder} was started with another {key} "
                                  f"({', '.join(odd) or new}); --resume needs the command it was "
                                  f"started with")
+        lock(folder)
         return old
     if folder.exists() and any(folder.iterdir()) and not overwrite:
         raise FileExistsError(f"{folder} exists already; go on with --resume, replace it with "
                               f"--overwrite, or choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
+    lock(folder)
     for path in [folder / name for name in RUN_FILES] + [*folder.glob("humaneval-*.jsonl")]:
         path.unlink(missing_ok=True)
     write_json(folder / "run.json", settings)
     return settings
+
+
+def lock(folder: Path) -> None:
+    """Until this process ends no other can train into the folder; FileExistsError if one does."""
+    try:
+        import fcntl                                                 # absent on Windows
+    except ImportError:
+        return
+    LOCKS.append(open(folder / ".lock", "w"))
+    try:
+        fcntl.lockf(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise FileExistsError(f"another run is writing to {folder}; wait for its end, or choose "
+                              f"another --out") from None
 
 
 def base_digest(folder: str | Path) -> str:

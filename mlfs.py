@@ -12,17 +12,22 @@ import dataclasses
 import itertools
 import json
 import math
+import os
 import platform
 import random
+import signal
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from fractions import Fraction
 from pathlib import Path
 from typing import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
@@ -349,6 +354,7 @@ def importance(model: SuperTransformer, examples: data.Examples,
             scores[key] = scores[key] + gate.abs()
     for W in frozen:
         W.requires_grad_(False)
+    add_up(list(scores.values()))                    # one and the same order in all processes
     return scores
 
 
@@ -391,21 +397,23 @@ def mlfs(model: SuperTransformer, examples: data.Examples, space: list[SubnetCon
         batches = stage_batches(examples, hp, stage, done, device)
         steps = hp.epochs[stage] * math.ceil(len(examples.ids) / hp.batch_size)
         yield Iteration(stage, done, steps, optimizer, U)
-        for step, (x, y) in enumerate(batches, done + 1):                                      # 3,4
+        for step, batch in enumerate(batches, done + 1):                                       # 3,4
             losses, seed = {}, (hp.seed, stage, step)
+            x, y, of_labels, of_tokens = my_share(*batch)
             subnets = sample_sub_transformers(space, stage, hp.num_subnets, seed)              # 6
             for phi in subnets:                                                                # 7
                 s, h = model.encode(**x, phi=phi)            # Π_Φ(W_Sup), in every layer  # 5,8,10
                 if phi == maxnet:                            # α = 0; z_1, h_1 are constants
-                    loss = output_loss(model, s, None, y, hp)                                  # 11
+                    loss = of_labels * output_loss(model, s, None, y, hp)                      # 11
                     s_1, h_1 = s.detach(), {l: h[l].detach() for l in U}
                 else:                                        # (1-α) ℓ_task + α (ℓ_KD + ℓ_FD)
-                    fd = fd_loss(h, h_1, U, hp.beta, x["mask"], hp.fd_sum)
-                    loss = output_loss(model, s, s_1, y, hp) + hp.alpha * fd                   # 12
+                    fd = of_tokens * fd_loss(h, h_1, U, hp.beta, x["mask"], hp.fd_sum)
+                    loss = of_labels * output_loss(model, s, s_1, y, hp) + hp.alpha * fd       # 12
                 scale = gradient_scale(n[maxnet], n[phi], hp.gamma) / len(subnets)
                 (scale * loss).backward()                    # .grad adds up to Eq. 6          # 13
                 losses[phi.name] = loss.detach()
                 del s, h, loss                               # one subnet's graph at a time
+            add_up([p.grad for p in trained if p.grad is not None] + [*losses.values()])
             norm = torch.nn.utils.clip_grad_norm_(trained, hp.clip or math.inf)
             losses = finite_losses(stage, step, losses, norm)
             rate = optimizer.param_groups[0]["lr"] = learning_rate(hp, step, steps)
@@ -413,8 +421,38 @@ def mlfs(model: SuperTransformer, examples: data.Examples, space: list[SubnetCon
             optimizer.zero_grad()
             if hp.learn_u:
                 orthonormalise(U)
-            yield Iteration(stage, step, steps, optimizer, U, len(y), losses, float(norm), rate)
+            size = len(batch[1])
+            yield Iteration(stage, step, steps, optimizer, U, size, losses, float(norm), rate)
         done, moments = 0, {}
+
+
+def processes() -> tuple[int, int]:
+    """(This one's rank, how many): (0, 1) unless started by torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def my_share(x: dict, y: Tensor) -> tuple[dict, Tensor, float, float]:
+    """This process's rows of a batch, and their share of all its labels and of all its real tokens.
+
+    Losses are means: weighted by these shares, the processes' gradients add up to the batch's.
+    """
+    rank, world = processes()
+    if world == 1:
+        return x, y, 1.0, 1.0
+    rows, none = (slice(rank, None, world), 1) if rank < len(y) else (slice(1), 0)   # a tiny batch
+    part, labels = {name: None if t is None else t[rows] for name, t in x.items()}, y != data.IGNORED
+    mask = torch.ones_like(x["ids"]) if x["mask"] is None else x["mask"]
+    of_labels, of_tokens = (float(t[rows].sum() / t.sum()) * none for t in (labels, mask))
+    return part, y[rows], of_labels, of_tokens
+
+
+def add_up(tensors: list[Tensor]) -> None:
+    """Σ over all processes, in place, in one message: a few MB, for adapters and head are all."""
+    if processes()[1] > 1:
+        flat = torch.cat([t.flatten() for t in tensors])
+        dist.all_reduce(flat)
+        for t, total in zip(tensors, flat.split([t.numel() for t in tensors])):
+            t.copy_(total.view_as(t))
 
 
 def make_optimizer(model: SuperTransformer, U: dict[int, Tensor],
@@ -541,11 +579,29 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, dict]:
     return argparse.Namespace(**args, command=["mlfs.py", *argv]), given
 
 
+def join_processes(args: argparse.Namespace) -> None:
+    """Under torchrun: one GPU each, or gloo between CPUs; rank 0 alone speaks."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
+        return
+    if args.device.startswith("cuda"):
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(evaluate.check_device(args.device))
+    backend = "nccl" if args.device.startswith("cuda") else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(days=1))      # rank 0 may measure for long
+    if dist.get_rank():
+        sys.stdout = open(os.devnull, "w")
+
+
 def prepare(args: argparse.Namespace, given: dict) -> tuple[Run, dict | None]:
     """Reads and checks all input, then takes the run folder: bad input leaves no trace."""
     HyperParameters(**given)                     # bad values are told before anything is downloaded
     evaluate.check_device(args.device)
+    rank, world = processes()
+    if rank:
+        dist.barrier()                               # rank 0 downloads, the others find it there
     name, model_folder, data_folder, note = data.find_inputs(args.task, args.model, args.data_dir)
+    if world > 1 and not rank:
+        dist.barrier()
     if note:                                     # the toy takes no options meant for BERT-base
         given = {key: value for key, value in given.items() if key not in MODEL_OPTIONS}
     hp = HyperParameters(**{**TASK_SETTINGS.get(name, {}), **given})
@@ -563,6 +619,9 @@ def prepare(args: argparse.Namespace, given: dict) -> tuple[Run, dict | None]:
         raise ValueError(f"max_length {hp.max_length} exceeds the {positions} positions of "
                          f"{model_folder}")
     hp = dataclasses.replace(hp, max_length=min(hp.max_length, positions))
+    if hp.batch_size < world:
+        raise ValueError(f"--batch-size {hp.batch_size} is shared by {world} processes: one row "
+                         f"each, at least")
     if hp.subnets == "grid":
         space = configuration_space(model.maxnet, hp.widths, hp.depths, hp.hidden, model.head_group,
                                     outside_in if isinstance(model, Decoder) else depth_order)
@@ -594,13 +653,15 @@ def prepare(args: argparse.Namespace, given: dict) -> tuple[Run, dict | None]:
         "hyper_parameters": dataclasses.asdict(hp),
         "space": [evaluate.describe(model, phi) for phi in space],
         "device": args.device, "dtype": str(dtype).removeprefix("torch."),
-        "threads": torch.get_num_threads(), "machine": platform.platform(),
+        "processes": world, "threads": torch.get_num_threads(), "machine": platform.platform(),
         "python": platform.python_version(), "torch": torch.__version__,
         "seconds": [0.0] * 3, "start_scores": [0.0] * 3, "peak_memory": 0, "command": args.command,
     }
-    settings = evaluate.take_folder(folder, settings, args.resume, args.overwrite)
+    if not rank:
+        settings = evaluate.take_folder(folder, settings, args.resume, args.overwrite)
     resume = evaluate.load_state(folder, model) if args.resume else None
-    evaluate.keep_log(folder / "log.jsonl", resume)
+    if not rank:
+        evaluate.keep_log(folder / "log.jsonl", resume)
     past = folder / "palette.json"
     rows = evaluate.read_json(past).get("subnets", []) if resume and past.exists() else []
     return Run(folder, settings, hp, task, model.to(args.device), space, train_split, held_out,
@@ -619,10 +680,30 @@ def pick_dtype(hp: HyperParameters, device: str) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
-def train(run: Run, resume: dict | None) -> None:
-    """Runs `mlfs` and does what is not the algorithm: progress, log, checkpoints, palettes."""
+@contextmanager
+def stoppable() -> Iterator[list[int]]:
+    """Yields a list, to which SIGINT or SIGTERM adds its number; a second one stops at once."""
+    stopped: list[int] = []
+
+    def stop(number: int, frame) -> None:
+        stopped.append(number)
+        signal.signal(number, signal.default_int_handler)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stopped
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def train(run: Run, resume: dict | None) -> int:
+    """Runs `mlfs` and does what is not the algorithm: progress, log, checkpoints, palettes.
+
+    Returns 0, or the number of the signal (SIGINT, SIGTERM) after which it has saved and stopped.
+    """
     hp, settings, rows = run.hp, run.settings, len(run.train.ids)
-    with open(run.folder / "log.jsonl", "a", encoding="utf-8") as file:
+    with open(run.folder / "log.jsonl", "a", encoding="utf-8") as file, stoppable() as stopped:
         def log(at: Iteration, **values) -> None:
             note = {"note": settings["note"]} if settings["note"] else {}
             file.write(json.dumps({"stage": at.stage, "step": at.step} | values | note) + "\n")
@@ -648,7 +729,7 @@ def train(run: Run, resume: dict | None) -> None:
             fresh = at.losses or at.step == 0                        # not a stage gone on with
             if fresh and hp.validate_every and at.step % hp.validate_every == 0:
                 log(at, validation=run.validate())
-            if at.step == at.steps or (at.losses and at.step % 200 == 0):        # a checkpoint
+            if at.step == at.steps or stopped or (at.losses and at.step % 200 == 0):
                 settings["seconds"][at.stage] += time.monotonic() - started
                 if at.stage > 0 and fresh:
                     score = run.held_out_score()
@@ -665,8 +746,12 @@ def train(run: Run, resume: dict | None) -> None:
                     run.measure(f"stage {at.stage}" if at.stage else "sliced teacher")
                     print(evaluate.stage_table(run.rows, run.task.metrics[0]), flush=True)
                     evaluate.save_adapters(run.folder, run.model, settings)
-                run.save(at)
+                run.save(at)                                         # a checkpoint
                 started = time.monotonic()
+                if stopped:
+                    bar.close()
+                    return stopped[0]
+    return 0
 
 
 def announce(run: Run, at: Iteration) -> None:
@@ -678,12 +763,16 @@ def announce(run: Run, at: Iteration) -> None:
     what += f" and the head ({head:,})" if head else ""
     if run.hp.adapters == "full":
         what, n_1, head = "all of W", whole, 0
+    world = processes()[1]
+    sent = f", of which each of {world} processes sends {4e-6 * (n_1 + head):.1f} MB"
     print(f"\nStage {at.stage}: {STAGES[at.stage]}; trains {what}, {(n_1 + head) / whole:.1%} of "
-          f"the model; {at.steps:,} steps", flush=True)
+          f"the model; {at.steps:,} steps{sent if world > 1 else ''}", flush=True)
 
 
 def main(argv: Iterable[str] | None = None) -> int:
-    run, resume = prepare(*parse_arguments(list(sys.argv[1:] if argv is None else argv)))
+    args, given = parse_arguments(list(sys.argv[1:] if argv is None else argv))
+    join_processes(args)
+    run, resume = prepare(args, given)
     s, hp, space, metric = run.settings, run.hp, run.space, run.task.metrics[0]
     size, skipped = s["space"][0]["parameters"] / 1e6, s["data"].get("skipped", {})
     rank = f"r = {hp.rank}" if hp.adapters == "low-rank" else "full rank"
@@ -695,7 +784,14 @@ def main(argv: Iterable[str] | None = None) -> int:
           f"𝒜: {len(space)} subnets, {space[0].name} to {space[-1].name}; {rank}, "
           f"α = {hp.alpha:g}, γ = {hp.gamma:g}; {s['device']}, {s['dtype']}, seed {hp.seed}; "
           f"writes {run.folder}/", flush=True)
-    train(run, resume)
+    if processes()[0]:                               # rank 0 alone measures, prints and writes
+        for _ in mlfs(run.model, run.train, run.space, hp, resume):
+            pass
+        return 0
+    if number := train(run, resume):
+        print("\nstopped and saved; the same command with --resume goes on from there",
+              file=sys.stderr)
+        return 128 + number
     stored = (run.folder / "adapters.safetensors").stat().st_size / 1e6
     print(f"\n{evaluate.title(s['task'], metric, s['data']['dev'])}\n\n"
           f"{evaluate.final_table(run.rows, metric)}\n\n"

@@ -14,7 +14,7 @@ F intermediate size, r rank, C classes, V vocabulary.
 import json
 import os
 import re
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Iterator
@@ -425,8 +425,8 @@ class BertLayer(nn.Module):
         N, H, I = phi.num_attention_heads, phi.hidden_size, phi.intermediate_size
         qkv = (linear(x, N * self.head_dim).unflatten(-1, (N, -1)).transpose(1, 2)
                for linear in (self.query, self.key, self.value))     # (B, T, H) -> (B, N, T, D)
-        attended = self.attention_output(attention(*qkv, bias).transpose(1, 2).flatten(2), H)
-        x = self.attention_norm(x + attended)        # no name above holds large states from here on
+        x = self.attention_norm(x + self.attention_output(           # no name holds a large state
+            attention(*qkv, bias).transpose(1, 2).flatten(2), H))    # (B, T, N·D) -> (B, T, H)
         return self.output_norm(x + self.output(self.activation(self.intermediate(x, I)), H))
 
 
@@ -951,8 +951,11 @@ def replacing(path: str | Path):
         with open(beside, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(beside, path)
+    except SafetensorError as error:                                 # its words for an OSError
+        raise OSError(f"{path} could not be written: {error}") from None
     finally:
-        beside.unlink(missing_ok=True)
+        with suppress(OSError):                      # the folder itself may be gone
+            beside.unlink(missing_ok=True)
 
 
 def save_pretrained(model: SuperTransformer, folder: str | Path,

@@ -113,6 +113,7 @@ def random_phi(seed: int, group: int = 1) -> SubnetConfig:
 
 
 LOAD_TOY = data.load_toy
+RUN_OPTIONS = ("--epochs", "1,1,1", "--widths", "1,.5", "--depths", "1,.5")
 
 
 def load_small_toy():
@@ -125,8 +126,7 @@ def run(tmp_path_factory):
     they change it, and patch data.load_toy with `load_small_toy` where they measure again.
     """
     folder = tmp_path_factory.mktemp("run") / "toy"
-    command = ["--out", str(folder), "--epochs", "1,1,1", "--widths", "1,.5", "--depths", "1,.5"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "load_toy", load_small_toy)
-        assert mlfs.main(command) == 0
+        assert mlfs.main(["--out", str(folder), *RUN_OPTIONS]) == 0
     return folder

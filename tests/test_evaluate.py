@@ -98,7 +98,7 @@ def test_a_run_leaves_the_promised_files(run):
     """Design: adapters, run.json, log.jsonl, palette.json, palette.md, state; maxnet first, minnet
     last.
     """
-    assert sorted(p.name for p in run.iterdir()) == sorted(evaluate.RUN_FILES)
+    assert {p.name for p in run.iterdir()} == {*evaluate.RUN_FILES, ".lock"}
     palette = json.loads((run / "palette.json").read_text())
     assert [row["name"] for row in palette["subnets"]] == ["w1-d4", "w1-d2", "w0.5-d4", "w0.5-d2"]
     row = palette["subnets"][-1]
