@@ -399,6 +399,11 @@ class Examples(NamedTuple):
         return Examples(ids, segments, None if self.labels is None else self.labels[rows])
 
 
+# What a checkpoint folder may hold beside config.json and the weights.
+TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "tokenizer_config.json", "vocab.json",
+                   "merges.txt", "special_tokens_map.json", "added_tokens.json")
+
+
 def tokenizer_file(folder: str | Path) -> Path:
     """tokenizer.json, else vocab.txt; FileNotFoundError if there is neither."""
     whole, words = Path(folder) / "tokenizer.json", Path(folder) / "vocab.txt"

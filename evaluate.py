@@ -9,6 +9,7 @@
 import argparse
 import gzip
 import hashlib
+import importlib
 import itertools
 import json
 import logging
@@ -149,13 +150,15 @@ def evaluate(model: SuperTransformer, phi: SubnetConfig, task: data.Task,
 def describe(model: SuperTransformer, phi: SubnetConfig) -> dict:
     """Φ's sizes, counted on its stand-alone model: parameters in all and in the encoder's layers.
 
-    "macs" are the multiply-accumulates per token of the layers' linear maps, attention left out.
+    "macs" are the multiply-accumulates per token of the layers' linear maps, attention left out;
+    "size_mb" is 10^6 bytes on disk, in the model's number format.
     """
-    small = model.skeleton(phi)
+    small, dtype = model.skeleton(phi), next(model.parameters()).dtype
     linears = [m for m in small.layers.modules() if isinstance(m, ElasticLinear)]
+    parameters = sum(p.numel() for p in small.parameters())
     return {"name": phi.name, "heads": phi.num_attention_heads, "hidden_size": phi.hidden_size,
             "intermediate_size": phi.intermediate_size, "layers": list(phi.layers),
-            "parameters": sum(p.numel() for p in small.parameters()),
+            "parameters": parameters, "size_mb": parameters * dtype.itemsize / 1e6,
             "encoder_parameters": sum(p.numel() for p in small.layers.parameters()),
             "macs": sum(linear.weight.numel() for linear in linears)}
 
@@ -216,13 +219,15 @@ def choose(rows: list[dict], budget: dict[str, float], metric: str) -> list[dict
 
     The one-standard-error rule: of those within a standard error of the best, the smallest wins.
     """
+    def worth(row: dict) -> float:                                   # what is not a number is worst
+        return -math.inf if math.isnan(row["score"]) else gain(metric, 0, row["score"])
+
     left = [row for row in rows if all(row[key] <= most for key, most in budget.items())]
     chosen = []
     while left:
-        top = max(left, key=lambda row: gain(metric, 0, row["score"]))
-        tied = [row for row in left if gain(metric, row["score"], top["score"]) <= top["stderr"]]
-        chosen.append(min(tied, key=lambda row: (row["parameters"],
-                                                 -gain(metric, 0, row["score"]))))
+        top = max(left, key=worth)
+        tied = [row for row in left if row is top or worth(top) - worth(row) <= top["stderr"]]
+        chosen.append(min(tied, key=lambda row: (row["parameters"], -worth(row))))
         left.remove(chosen[-1])
     return chosen
 
@@ -250,7 +255,8 @@ def table(rows: list[dict], columns: dict[str, str], metric: str) -> str:
 
 def cell(row: dict, key: str, first: dict, metric: str) -> str:
     if key == "quality":
-        return f"{quality(row, metric)} ({row['score'] / (first['score'] or math.nan):.0%})"
+        share = metric != "loss" and first["score"] > 0              # of a correlation, perhaps not
+        return quality(row, metric) + (f" ({row['score'] / first['score']:.0%})" if share else "")
     value = row.get(key, "")
     if value == "":
         return value
@@ -303,18 +309,24 @@ def title(task: str, metric: str, examples: int) -> str:
 
 # ------------------------------------------------------------------------------------- pictures
 
+def need(option: str, packages: str, *modules: str) -> None:
+    """ValueError unless the optional packages of an option are installed."""
+    try:
+        for module in modules:
+            importlib.import_module(module)
+    except ImportError:
+        raise ValueError(f"{option} needs what is not among the requirements: pip install "
+                         f"{packages}") from None
+
+
 @contextmanager
 def picture(path: Path, panels: int):
     """Yields matplotlib's figure and axes, written to `path` once the block ends well."""
-    try:
-        from matplotlib.figure import Figure         # an optional extra
-    except ImportError:
-        raise ValueError("--plot needs matplotlib, which is not among the requirements: "
-                         "pip install matplotlib") from None
+    from matplotlib.figure import Figure             # an optional extra
     figure = Figure(figsize=(5.5 * panels, 4.2), layout="constrained")
     yield figure, figure.subplots(1, panels, squeeze=False)[0]
     with replacing(path) as beside:
-        figure.savefig(beside, format=path.suffix[1:] or "png", dpi=120)
+        figure.savefig(beside, format=path.suffix[1:], dpi=120)
 
 
 def pareto(rows: list[dict], key: str, metric: str) -> list[dict]:
@@ -326,10 +338,10 @@ def pareto(rows: list[dict], key: str, metric: str) -> list[dict]:
     return front
 
 
-def plot_palette(path: Path, rows: list[dict], metric: str, heading: str,
+def plot_palette(path: Path, rows: list[dict], metric: str, heading: str, teacher: float | None,
                  others: dict[str, list[dict]]) -> None:
     """Score against parameters and against latency, with standard errors, the Pareto front, the
-    teacher, its slices before stages 1 and 2, and the palettes of other runs."""
+    teacher's score, its slices before stages 1 and 2, and the palettes of other runs."""
     factor = 1 if metric == "loss" else 100
     with picture(path, 2) as (figure, axes):
         figure.suptitle(heading)
@@ -354,9 +366,8 @@ def plot_palette(path: Path, rows: list[dict], metric: str, heading: str,
                               xytext=(4, -9), textcoords="offset points")
             for i, (name, other) in enumerate(others.items(), 1):
                 draw([row for row in other if key in row], fmt="s", color=f"C{i}", label=name)
-            if "sliced teacher" in rows[0].get("history", {}):
-                axis.axhline(factor * rows[0]["history"]["sliced teacher"], color="black",
-                             linestyle=":", label="teacher")
+            if teacher is not None:
+                axis.axhline(factor * teacher, color="black", linestyle=":", label="teacher")
             axis.set_xlabel(label)
             axis.grid(alpha=0.3)
         axes[0].set_ylabel("loss, nats per token" if metric == "loss" else f"{metric}, points")
@@ -368,8 +379,13 @@ def plot_curves(path: Path, logs: dict[str, list[dict]]) -> None:
     of all stages (Figs. 2, 5 and 7)."""
     kinds = [kind for kind in ("loss", "validation")
              if any(kind in entry for log in logs.values() for entry in log)]
-    if not kinds:
-        raise ValueError(f"{next(iter(logs))} has no losses yet")
+    for log, entries in logs.items():
+        if not any(kind in entry for kind in kinds for entry in entries):
+            raise ValueError(f"{log} has no losses yet")
+        drawn = [entry.get(kind, {}) for entry in entries for kind in kinds]
+        if not all(isinstance(part, dict) and all(isinstance(value, (int, float))
+                                                  for value in part.values()) for part in drawn):
+            raise ValueError(f"{log} is not one of ours, or was edited")
     names = list(dict.fromkeys(name for log in logs.values() for entry in log for kind in kinds
                                for name in entry.get(kind, {})))
     styles = dict(zip(logs, itertools.cycle(("-", "--", ":", "-."))))
@@ -400,11 +416,6 @@ def plot_curves(path: Path, logs: dict[str, list[dict]]) -> None:
 
 # ------------------------------------------------------------------------------------- shipping
 
-# What a checkpoint folder may hold beside config.json and the weights.
-TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "tokenizer_config.json", "vocab.json",
-                   "merges.txt", "special_tokens_map.json", "added_tokens.json")
-
-
 @contextmanager
 def new_folder(folder: Path):
     """Yields a folder to fill; it becomes `folder` (absent or empty) once the block ends well."""
@@ -420,12 +431,15 @@ def new_folder(folder: Path):
 def export(small: SuperTransformer, folder: Path, base: Path, labels: tuple[str, ...],
            card: str, onnx: bool = False) -> str:
     """An ordinary checkpoint of a merged subnet: config.json, model.safetensors, the base's
-    tokenizer files, a model card and, if wanted, model.onnx. Returns what that does, if it is."""
+    tokenizer (from vocab.txt alone also as tokenizer.json, as we read it), a model card and, if
+    wanted, model.onnx. Returns what that does, if it is."""
     with new_folder(folder) as beside:
         save_pretrained(small, beside, labels)
-        for name in TOKENIZER_FILES:
+        for name in data.TOKENIZER_FILES:
             if (base / name).exists():
                 shutil.copyfile(base / name, beside / name)
+        if not (base / "tokenizer.json").exists():
+            data.load_tokenizer(base).save(str(beside / "tokenizer.json"))
         (beside / "README.md").write_text(card, encoding="utf-8")
         return export_onnx(small, beside / "model.onnx") if onnx else ""
 
@@ -444,9 +458,9 @@ def common_form(small: SuperTransformer, pad: bool) -> tuple[SuperTransformer, s
         if pad:
             raise ValueError(f"--pad-heads: no number of heads from {N} on fits hidden size {H}")
         return small, f"{why}, padded or not; load_pretrained of model.py reads it."
-    padded = small.pad_heads(heads)
+    padded, more = small.pad_heads(heads), heads - N
     old, new = (describe(model, model.maxnet) for model in (small, padded))
-    cost = (f"{heads - N} heads of zeros: {new['parameters'] / 1e6:.2f}M instead of "
+    cost = (f"{more} head{'s' * (more > 1)} of zeros: {new['parameters'] / 1e6:.2f}M instead of "
             f"{old['parameters'] / 1e6:.2f}M parameters, {new['macs'] / 1e6:.2f}M instead of "
             f"{old['macs'] / 1e6:.2f}M MACs per token")
     if pad:
@@ -457,14 +471,9 @@ def common_form(small: SuperTransformer, pad: bool) -> tuple[SuperTransformer, s
 def export_onnx(small: SuperTransformer, path: Path) -> str:
     """Writes float32 ONNX with dynamic batch and length; checks its logits, compares its latency.
 
-    Raises ValueError if a package is missing or a logit differs by more than 1e-3.
+    Raises ValueError if a logit differs by more than 1e-3.
     """
-    try:
-        import onnxruntime
-        import onnxscript                                            # noqa: F401, used by torch
-    except ImportError:
-        raise ValueError("--onnx needs packages that are not among the requirements: "
-                         "pip install onnx onnxscript onnxruntime") from None
+    import onnxruntime                               # an optional extra, as is onnxscript, in torch
 
     class Logits(torch.nn.Module):
         def __init__(self):
@@ -477,32 +486,31 @@ def export_onnx(small: SuperTransformer, path: Path) -> str:
 
     decoder = isinstance(small, Decoder)
     names = ["input_ids", "attention_mask", "token_type_ids"][:2 if decoder else 3]
-    most = small.config["max_position_embeddings"]
+    room = small.config["max_position_embeddings"]
     draw = torch.Generator().manual_seed(0)
 
     def example(batch: int, length: int) -> dict[str, torch.Tensor]:
         ids = torch.randint(small.config["vocab_size"], (batch, length), generator=draw)
         mask = torch.ones_like(ids)
         mask[-1, max(1, length // 2):] = batch == 1                  # the last row is padded
-        return dict(zip(names, (ids, mask, torch.zeros_like(ids))))
+        segments = torch.randint(small.config.get("type_vocab_size", 1), ids.shape, generator=draw)
+        return dict(zip(names, (ids, mask, segments)))
 
-    axes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length", max=most)}
-    model, logger = Logits(), logging.getLogger("torch.onnx")
-    level = logger.level
+    axes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length", max=room)}
+    model = Logits()
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")                              # torch's, on its own workings
-        logger.setLevel(logging.ERROR)
         large = sum(p.nbytes for p in model.parameters()) > 2 ** 30  # one file ends at 2 GiB
-        torch.onnx.export(model, tuple(example(2, min(8, most)).values()), path, input_names=names,
+        torch.onnx.export(model, tuple(example(2, min(8, room)).values()), path, input_names=names,
                           output_names=["logits"], dynamic_shapes=dict.fromkeys(names, axes),
                           dynamo=True, verbose=False, external_data=large)
-        logger.setLevel(level)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    differs, times = 0.0, {"onnxruntime": [], "PyTorch": []}
+    differs, times = [], {"onnxruntime": [], "PyTorch": []}
     with torch.inference_mode():
-        for batch, length in itertools.product((1, 3), (min(7, most), min(128, most))):
+        for batch, length in itertools.product((1, 3), (min(7, room), min(128, room))):
             x = example(batch, length)
             feed = {name: part.numpy() for name, part in x.items()}
             real = x["attention_mask"].bool() if decoder else slice(None)
@@ -513,14 +521,14 @@ def export_onnx(small: SuperTransformer, path: Path) -> str:
                 ours = model(**x)
                 times["onnxruntime"].append(middle - start)
                 times["PyTorch"].append(time.perf_counter() - middle)
-            differs = max(differs, float((torch.from_numpy(z) - ours)[real].abs().max()))
-    if not differs <= 1e-3:
-        raise ValueError(f"{path.name}: its logits differ by {differs:.1e} from PyTorch's; "
-                         f"nothing was written")
+            differs.append((torch.from_numpy(z) - ours)[real].abs().max())
+    if not (most := float(torch.stack(differs).max())) <= 1e-3:      # not a number fails, too
+        raise ValueError(f"{path.name}: its logits differ by {most:.1e} from PyTorch's; nothing "
+                         f"was written")
     middle = {name: 1e3 * float(np.median(some[10:20])) for name, some in times.items()}
-    return (f"model.onnx: logits within {differs:.0e} of PyTorch's; "
+    return (f"model.onnx: logits within {most:.0e} of PyTorch's; "
             + ", ".join(f"{name} {ms:.2f} ms" for name, ms in middle.items())
-            + f" (batch 1, {min(128, most)} tokens, float32)")
+            + f" (batch 1, {length} tokens, float32)")
 
 
 def model_card(run: dict, rows: list[dict], metric: str, form: str, dtype: str, where: str) -> str:
@@ -924,10 +932,11 @@ def lock(folder: Path) -> None:
 
 
 def base_digest(folder: str | Path) -> str:
-    """sha256 of all that a base checkpoint tells us: config.json, the weights, the tokenizer."""
+    """sha256 of a base checkpoint: config.json, the weights, the tokenizer's files."""
     folder = Path(folder)
-    return data.sha256([folder / "config.json", *checkpoint_files(folder),
-                        data.tokenizer_file(folder)])
+    data.tokenizer_file(folder)                                      # there must be one
+    tokenizer = [path for name in data.TOKENIZER_FILES if (path := folder / name).exists()]
+    return data.sha256([folder / "config.json", *checkpoint_files(folder), *tokenizer])
 
 
 def digest(tensors: dict[str, torch.Tensor]) -> str:
@@ -940,10 +949,11 @@ def digest(tensors: dict[str, torch.Tensor]) -> str:
 
 
 def fingerprint(settings: dict) -> str:
-    """sha256 of what the adapters in run.json's folder depend on."""
-    keys = ("task", "note", "num_labels", "space", "hyper_parameters")
-    parts = [settings.get(key) for key in keys] + [settings["base"]["sha256"]]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    """sha256 of those settings in run.json that the adapters were trained with."""
+    keys = ("task", "note", "num_labels", "space", "hyper_parameters", "dtype")
+    counts = {key: value for key, value in settings["data"].items() if key != "folder"}
+    parts = [settings.get(key) for key in keys] + [settings["base"]["sha256"], counts]
+    return text_digest(parts)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
@@ -955,7 +965,7 @@ def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
             origin = json.loads(file.metadata()["mlfs"])
-        if origin.pop("sha256") != digest(tensors):
+        if origin["sha256"] != digest(tensors):
             raise ValueError("its sha256 is not the one stored in it")
         return tensors, origin
     except (SafetensorError, OSError, TypeError, KeyError, ValueError) as error:
@@ -1022,32 +1032,31 @@ def keep_log(path: Path, resume: dict | None) -> None:
 
 
 def write_palette(folder: Path, settings: dict, task: data.Task, rows: list[dict],
-                  measured: dict | None = None) -> None:
-    """palette.json and palette.md, each replaced as a whole; measured: where latency was."""
+                  measured: dict) -> None:
+    """palette.json and palette.md, each replaced as a whole; measured: of which adapters, how."""
     name, note, metric = settings["task"], settings["note"], task.metrics[0]
-    content = {"task": name, "metric": metric, "note": note, "measured": measured or {}}
-    write_json(folder / "palette.json", content | {"subnets": rows})
+    content = {"task": name, "metric": metric, "note": note, "measured": measured, "subnets": rows}
     text = f"{title(name, metric, settings['data']['dev'])}\n\n{final_table(rows, metric)}\n"
-    if measured:
+    if "length" in measured:
         text += f"\n{palette_table(rows, metric)}\n\n{conditions(measured)}\n"
+    write_json(folder / "palette.json", content | {"sha256": text_digest(content)})
     with replacing(folder / "palette.md") as path:
         path.write_text((f"**{note}**\n\n" if note else "") + text, encoding="utf-8")
 
 
-def read_palette(folder: Path) -> tuple[list[dict], dict]:
-    """(rows, where latency was measured); nothing if there is no palette.json yet."""
+def read_palette(folder: Path) -> dict:
+    """palette.json: "metric", "measured", "subnets"; nothing in them if there is no such file."""
     path = folder / "palette.json"
     if not path.exists():
-        return [], {}
+        return {"metric": "", "measured": {}, "subnets": []}
     content = read_json(path)
-    rows = content.get("subnets")
-    keys = {"name": str, "parameters": int, "macs": int, "score": float, "stderr": float}
-    whole = isinstance(rows, list) and all(isinstance(row, dict) and isinstance(row.get(key), kind)
-                                           for row in rows for key, kind in keys.items())
-    if not whole or not isinstance(content.get("measured"), dict):
-        raise ValueError(f"{path} is not one of ours, or was edited; delete it, and evaluate.py "
-                         f"measures anew")
-    return rows, content["measured"]
+    if content.pop("sha256", "") != text_digest(content):
+        raise ValueError(f"{path} was damaged or edited; delete it, and evaluate.py measures anew")
+    return content
+
+
+def text_digest(content: dict | list) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def device_name(device: str) -> str:
@@ -1060,7 +1069,9 @@ def device_name(device: str) -> str:
 
 
 def conditions(m: dict) -> str:
-    """Where and how latency was measured, as a sentence."""
+    """Where and how a palette was measured, as a sentence."""
+    if "length" not in m:
+        return f"Scores as the training run measured them, in {m['dtype']}."
     return (f"Latency of a forward pass, median (10%-90% of the runs; share of the first row's), "
             f"of the stand-alone model and of the slice in place: batch {m['batch_size']}, "
             f"{m['length']} tokens, {m['dtype']}, {m['device']}, {m['threads']} threads, PyTorch "
@@ -1092,6 +1103,7 @@ def load_run(folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float
         hp = run["hyper_parameters"]
         random_start, seed = hp["init"] == "random", hp["seed"]
         run["data"]["folder"], hp["max_length"], hp["dev_examples"], run["note"]     # all there?
+        trained_with = fingerprint(run)
         data.TASKS[run["task"]]
         space = [subnet(row) for row in run["space"]]
     except (KeyError, TypeError) as error:
@@ -1101,10 +1113,10 @@ def load_run(folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float
     if not base_digest(base) == sha256 == origin.get("base"):
         raise ValueError(f"{base} is not the checkpoint that {folder} was trained on: sha256 "
                          f"differs")
-    if origin.get("run") != fingerprint(run):
+    if origin.get("run") != trained_with:
         raise ValueError(f"{folder / 'run.json'} was edited, or its adapters are another run's: "
                          f"they do not belong together")
-    run["base"]["folder"] = str(base)
+    run["base"]["folder"], run["adapters"] = str(base), origin["sha256"]
     model = load_pretrained(base, run["num_labels"], dtype)
     if random_start:
         model.initialise(seed)
@@ -1117,7 +1129,7 @@ def load_run(folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float
 def check_device(name: str) -> str:
     """The name, if this machine has that device; else ValueError."""
     try:
-        torch.zeros(1, device=name)
+        torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"--device {name} cannot be used here: "
                          f"{str(error).splitlines()[0]}") from None
@@ -1133,11 +1145,14 @@ def exit_on_bad_input(main: Callable[[], int]) -> int:
         stream.reconfigure(errors="replace")
     try:
         return main()
+    except BrokenPipeError:                          # who reads our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from what is stored (mlfs.py: with --resume)",
+        print("\nstopped; training goes on with --resume, HumanEval with the same command",
               file=sys.stderr)
         return 130
 
@@ -1184,8 +1199,8 @@ def parse_arguments(argv: Iterable[str] | None) -> argparse.Namespace:
     group = parser.add_argument_group("using a model")
     group.add_argument("--predict", nargs="?", const="-", metavar="TEXT",
                        help="label and probabilities by --subnet NAME; a decoder completes the "
-                            "text. Without TEXT: of each line of standard input. Pairs are "
-                            "separated by a tab")
+                            "text. Without TEXT, or with -: of each line of standard input. Pairs "
+                            "are separated by a tab; what exceeds the run's max_length is cut")
     group.add_argument("--max-new-tokens", type=int, default=256, help="default 256")
     group.add_argument("--temperature", type=float, default=0.0, help="default 0: greedy")
     group.add_argument("--top-p", type=float, default=1.0, help="default 1")
@@ -1217,21 +1232,36 @@ def parse_arguments(argv: Iterable[str] | None) -> argparse.Namespace:
         raise ValueError("--pad-heads and --onnx go with --export SUBNET DIR")
     if args.baselines and not args.plot:
         raise ValueError("--baselines goes with --plot FILE")
-    jobs = (args.predict is not None, args.humaneval, args.plot or args.export or args.budget)
+    args.curves = args.run.suffix == ".jsonl"
+    if args.curves and not args.plot:
+        raise ValueError(f"{args.run}: what to do with it? --plot FILE draws its curves")
+    jobs = (args.predict is not None, args.humaneval, args.export, args.plot or args.budget,
+            args.curves and (args.budget or args.subnets is not None))
     if sum(map(bool, jobs)) > 1:
-        raise ValueError("--predict, --humaneval, and drawing, choosing or exporting are three "
-                         "things; do one at a time")
-    for path in (args.plot, args.export and Path(args.export[1])):
-        if path and path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise ValueError("--predict, --humaneval, --export, choosing, and drawing the curves of a "
+                         "log are different things; do one at a time")
+    try:
+        (args.predict or "").encode()
+    except UnicodeEncodeError:
+        raise ValueError("--predict: TEXT is not valid UTF-8") from None
+    folder = Path(args.export[1]) if args.export else None
+    empty = folder and folder.is_dir() and not any(folder.iterdir())
+    for path in filter(None, (args.plot, folder)):
+        if path.exists() and not empty:
             raise FileExistsError(f"{path} exists already; choose another name, or delete it")
+    if args.plot:
+        if args.plot.suffix not in (".png", ".svg", ".pdf") or not args.plot.parent.is_dir():
+            raise ValueError(f"--plot {args.plot}: name a .png, .svg or .pdf file in a folder that "
+                             f"exists")
+        need("--plot", "matplotlib", "matplotlib.figure")
+    if args.onnx:
+        need("--onnx", "onnx onnxscript onnxruntime", "onnxscript", "onnxruntime")
     return args
 
 
 def main(argv: Iterable[str] | None = None) -> int:
     args = parse_arguments(argv)
-    if args.run.name == "log.jsonl":
-        if not args.plot:
-            raise ValueError(f"{args.run}: what to do with it? --plot FILE draws its curves")
+    if args.curves:
         keys = {"stage": int, "step": int}
         plot_curves(args.plot, {str(path): read_lines(path, keys)
                                 for path in (args.run, *args.baselines)})
@@ -1242,7 +1272,7 @@ def main(argv: Iterable[str] | None = None) -> int:
     dtype = getattr(torch, args.dtype)
     run, model, space = load_run(args.run, check_device(args.device), dtype, args.model)
     names = [phi.name for phi in space]
-    wanted = args.subnets.split(",") if args.subnets else names
+    wanted = names if args.subnets is None else args.subnets.split(",")
     for name in (*wanted, *(args.export or ())[:1]):
         if name not in names:
             raise ValueError(f"there is no subnet {name!r}; this palette has {', '.join(names)}")
@@ -1260,73 +1290,80 @@ def main(argv: Iterable[str] | None = None) -> int:
         print_predictions(args, run, model, chosen[0], tokenizer)
         return 0
     rows, where = measure(args, run, model, space, wanted, tokenizer)
+    shown = [row for row in rows if row["name"] in wanted]
     metric = data.TASKS[run["task"]].metrics[0]
     if args.plot:
-        heading = f"{run['task']}, {Path(run['base']['folder']).name}"
-        others = {str(path): read_palette(path)[0] for path in args.baselines}
-        plot_palette(args.plot, rows, metric, heading, others)
+        others = {str(path): read_palette(path) for path in args.baselines}
+        for path, other in others.items():
+            if other["metric"] != metric:
+                raise ValueError(f"--baselines {path}: there is no palette of {metric} to draw "
+                                 f"beside this one")
+        plot_palette(args.plot, shown, metric,
+                     f"{run['task']}, {Path(run['base']['folder']).name}",
+                     rows[0].get("history", {}).get("sliced teacher"),
+                     {path: other["subnets"] for path, other in others.items()})
     if args.export:
-        ship(args, run, model, rows, where)
-    rows = [row for row in rows if row["name"] in wanted]
-    return print_choice(rows, args.budget, metric, where) if args.budget else 0
+        row = next(row for row in rows if row["name"] == args.export[0])
+        phi = next(phi for phi in space if phi.name == args.export[0])
+        ship(args, run, model.extract(phi), [rows[0], row], where)
+    return print_choice(shown, args.budget, metric, where) if args.budget else 0
 
 
 def measure(args: argparse.Namespace, run: dict, model: SuperTransformer,
             space: list[SubnetConfig], wanted: list[str],
             tokenizer: Tokenizer) -> tuple[list[dict], str]:
-    """(rows, a sentence on where they were measured): from palette.json if it has what is asked
-    for, else measured now; printed, and written if it is the whole palette."""
-    rows, measured = read_palette(args.run)
+    """(rows, a sentence on how they were measured): from palette.json if it has what is asked for,
+    else measured now, printed and, if it is the whole palette, written."""
+    stored, hp = read_palette(args.run), run["hyper_parameters"]
     task, length = data.TASKS[run["task"]], min(128, model.config["max_position_embeddings"])
-    metric, dtype = task.metrics[0], getattr(torch, args.dtype)
-    now = {"device": device_name(args.device), "threads": torch.get_num_threads(),
-           "dtype": args.dtype, "batch_size": 1, "length": length, "torch": torch.__version__,
-           "adapters": data.sha256([args.run / "adapters.safetensors"])}
-    asked, timed = args.plot or args.export or args.budget, args.plot or args.max_latency_ms
-    fresh = not asked or not rows or (timed and measured != now)
-    if fresh:
-        most, hp = run["hyper_parameters"]["max_length"], run["hyper_parameters"]
-        splits = data.load_task(run["task"], args.data_dir or run["data"]["folder"], train=False)
-        splits = {name: data.draw(data.encode(tokenizer, part, most), hp["dev_examples"])
-                  for name, part in splits.items()}
-        names = {space[0].name, *wanted, *(args.export or ())[:1]}           # shares need Φ_1
-        some = [phi for phi in space if phi.name in names]
-        history = {row["name"]: {"history": row["history"]} for row in rows if "history" in row}
-        rows = [scored | timed | history.get(scored["name"], {}) for scored, timed in
-                zip(palette(model, some, task, splits), latency(model, some, 1, length))]
-        measured = now
-    for row in rows:
-        row["size_mb"] = row["parameters"] * dtype.itemsize / 1e6
-    where = (conditions(measured) if measured else
-             f"Scores as the training run measured them, in {run['dtype']}.")
-    if fresh:
-        stored = sum(path.stat().st_size for path in checkpoint_files(run["base"]["folder"]))
-        adapters = (args.run / "adapters.safetensors").stat().st_size
-        print(f"{title(run['task'], metric, run['data']['dev'])}\n\n"
-              f"{palette_table(rows, metric)}\n\n{where}\n"
-              f"One supernet stores all {len(space)}: the base checkpoint, {stored / 1e6:.1f} MB, "
-              f"and {adapters / 1e6:.1f} MB for this task. {len(rows)} checkpoints of their own "
-              f"take {sum(row['size_mb'] for row in rows):.1f} MB in {args.dtype}.", flush=True)
-    if fresh and len(rows) == len(space):
-        write_palette(args.run, run, task, rows, measured)
-    return rows, where
+    metric = task.metrics[0]
+    scored = {"adapters": run["adapters"], "dtype": args.dtype}      # what the scores depend on
+    now = scored | {"device": device_name(args.device), "threads": torch.get_num_threads(),
+                    "batch_size": 1, "length": length, "torch": torch.__version__}
+    wish = now if args.plot or args.max_latency_ms else scored
+    if (args.plot or args.export or args.budget) and not args.data_dir and (
+            wish.items() <= stored["measured"].items()):
+        return stored["subnets"], conditions(stored["measured"])
+    place = args.data_dir or run["data"]["folder"]
+    splits = {name: data.draw(data.encode(tokenizer, part, hp["max_length"]), hp["dev_examples"])
+              for name, part in data.load_task(run["task"], place, train=False).items()}
+    if (found := len(splits["dev"].ids)) != run["data"]["dev"]:
+        raise ValueError(f"{place} has {found:,} dev examples, {args.run} was measured on "
+                         f"{run['data']['dev']:,}: that is other data")
+    names = {space[0].name, *wanted, *(args.export or ())[:1]}               # shares need Φ_1
+    some = [phi for phi in space if phi.name in names]
+    history = {row["name"]: {"history": row["history"]} for row in stored["subnets"]
+               if "history" in row}
+    rows = [row | timed | history.get(row["name"], {}) for row, timed in
+            zip(palette(model, some, task, splits), latency(model, some, 1, length))]
+    base = sum(path.stat().st_size for path in checkpoint_files(run["base"]["folder"]))
+    adapters = (args.run / "adapters.safetensors").stat().st_size
+    print(f"{title(run['task'], metric, found)}\n\n{palette_table(rows, metric)}\n\n"
+          f"{conditions(now)}\nOne supernet stores all {len(space)}: the base checkpoint, "
+          f"{base / 1e6:.1f} MB, and {adapters / 1e6:.1f} MB for this task. Of their own, the "
+          f"{len(rows)} above take {sum(row['size_mb'] for row in rows):.1f} MB in {args.dtype}.",
+          flush=True)
+    if len(rows) == len(space):
+        try:
+            write_palette(args.run, run, task, rows, now)
+        except OSError as error:
+            print(f"warning: the palette could not be stored: {error}", file=sys.stderr)
+    return rows, conditions(now)
 
 
-def ship(args: argparse.Namespace, run: dict, model: SuperTransformer, rows: list[dict],
+def ship(args: argparse.Namespace, run: dict, small: SuperTransformer, rows: list[dict],
          where: str) -> None:
-    """--export, with what the transformers library can make of it."""
-    name, folder, dtype = args.export[0], Path(args.export[1]), getattr(torch, args.dtype)
-    task, row = data.TASKS[run["task"]], next(row for row in rows if row["name"] == args.export[0])
-    small, form = common_form(model.extract(subnet(row)), args.pad_heads)
+    """--export, and what the transformers library can make of it; rows: the maxnet's, its own."""
+    task, folder, row = data.TASKS[run["task"]], Path(args.export[1]), rows[-1]
+    small, form = common_form(small, args.pad_heads)
     if args.pad_heads:                               # what was measured had no heads of zeros
-        sizes = describe(small, small.maxnet)
-        row = {key: value for key, value in row.items() if not key.endswith("_ms")} | {
-            key: sizes[key] for key in ("heads", "parameters", "encoder_parameters", "macs")}
-        row["size_mb"] = row["parameters"] * dtype.itemsize / 1e6
+        sizes = {"name": row["name"], "layers": row["layers"]}
+        row = {key: value for key, value in row.items() if not key.endswith("_ms")}
+        row |= describe(small, small.maxnet) | sizes
     card = model_card(run, [rows[0], row], task.metrics[0], form, args.dtype, where)
-    said = export(small.to(dtype).cpu(), folder, Path(run["base"]["folder"]), task.labels, card,
-                  args.onnx)
-    print(f"Wrote {name} to {folder}: {row['size_mb']:.1f} MB in {args.dtype}. "
+    small = small.to(getattr(torch, args.dtype)).cpu()
+    said = export(small, folder, Path(run["base"]["folder"]), task.labels, card, args.onnx)
+    print(f"Wrote {row['name']} to {folder}: {row['size_mb']:.1f} MB in {args.dtype}. "
           + "\n".join(filter(None, (form, said))), flush=True)
 
 
@@ -1334,30 +1371,34 @@ def print_predictions(args: argparse.Namespace, run: dict, model: SuperTransform
                       phi: SubnetConfig, tokenizer: Tokenizer) -> None:
     """--predict: a line for TEXT or for each line of standard input, as soon as it is there."""
     task, decoder = data.TASKS[run["task"]], isinstance(model, Decoder)
-    small, number = model.extract(phi).pack() if decoder else model, 0
-    try:
-        for text in sys.stdin.buffer if args.predict == "-" else [args.predict]:
-            if isinstance(text, bytes):
-                text, number = text.decode().rstrip("\r\n"), number + 1
+    small, most = model.extract(phi).pack() if decoder else model, run["hyper_parameters"]
+    if args.predict == "-" and sys.stdin is None:
+        raise ValueError("--predict: standard input is closed")
+    texts = sys.stdin.buffer if args.predict == "-" else [args.predict.encode()]
+    for number, line in enumerate(texts, 1):
+        try:
+            text = line.decode().rstrip("\r\n") if args.predict == "-" else args.predict
             if decoder:
-                text += generate(small, tokenizer, [text], args.max_new_tokens, args.temperature,
-                                 args.top_p)[0]
+                said = text + generate(small, tokenizer, [text], args.max_new_tokens,
+                                       args.temperature, args.top_p)[0]
             else:
-                text = answer(model, phi, tokenizer, task, text,
-                              run["hyper_parameters"]["max_length"])
-            print(text, flush=True)
-    except UnicodeDecodeError:
-        raise ValueError(f"standard input, line {number + 1}: not UTF-8 text") from None
+                said = answer(model, phi, tokenizer, task, text, most["max_length"])
+        except ValueError as error:
+            where = f"standard input, line {number}: " if args.predict == "-" else ""
+            what = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else error
+            raise ValueError(f"{where}{what}") from None
+        print(said, flush=True)
 
 
 def print_choice(rows: list[dict], budget: dict[str, float], metric: str, where: str) -> int:
     """The best and the next best within the budget; exit code 3 if there is none."""
     units = dict(BUDGETS.values())
-    within = ", ".join(f"{most:,g} {units[key]}" for key, most in budget.items())
+    number = lambda value: f"{value:,.0f}" if value >= 1e4 else f"{value:,.6g}"
+    within = ", ".join(f"{number(most)} {units[key]}" for key, most in budget.items())
     chosen = choose(rows, budget, metric)
     if not chosen:
         least = min(rows, key=lambda row: row["parameters"])
-        over = ", ".join(f"{least[key]:,.6g} {units[key]} ({least[key] / most - 1:.0%} over)"
+        over = ", ".join(f"{number(least[key])} {units[key]} ({least[key] / most - 1:.0%} over)"
                          for key, most in budget.items() if least[key] > most)
         print(f"error: no subnet fits within {within}; the smallest, {least['name']}, has {over}",
               file=sys.stderr)

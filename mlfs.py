@@ -439,10 +439,11 @@ def my_share(x: dict, y: Tensor) -> tuple[dict, Tensor, float, float]:
     rank, world = processes()
     if world == 1:
         return x, y, 1.0, 1.0
-    rows, none = (slice(rank, None, world), 1) if rank < len(y) else (slice(1), 0)   # a tiny batch
-    part, labels = {name: None if t is None else t[rows] for name, t in x.items()}, y != data.IGNORED
+    rows, real = (slice(rank, None, world), 1) if rank < len(y) else (slice(1), 0)   # a tiny batch
+    part = {name: None if t is None else t[rows] for name, t in x.items()}
+    labels = y != data.IGNORED
     mask = torch.ones_like(x["ids"]) if x["mask"] is None else x["mask"]
-    of_labels, of_tokens = (float(t[rows].sum() / t.sum()) * none for t in (labels, mask))
+    of_labels, of_tokens = (float(t[rows].sum() / t.sum()) * real for t in (labels, mask))
     return part, y[rows], of_labels, of_tokens
 
 
@@ -522,7 +523,9 @@ class Run:
         rows = evaluate.palette(self.model, self.space, self.task, self.splits)
         self.rows = [row | {"history": past | {moment: row["score"]}}
                      for row, past in zip(rows, history)]
-        evaluate.write_palette(self.folder, self.settings, self.task, self.rows)
+        measured = {"adapters": evaluate.digest(self.model.trained_state()),
+                    "dtype": self.settings["dtype"]}
+        evaluate.write_palette(self.folder, self.settings, self.task, self.rows, measured)
 
     def validate(self) -> dict[str, float]:
         """Every subnet's score on dev."""
@@ -662,8 +665,7 @@ def prepare(args: argparse.Namespace, given: dict) -> tuple[Run, dict | None]:
     resume = evaluate.load_state(folder, model) if args.resume else None
     if not rank:
         evaluate.keep_log(folder / "log.jsonl", resume)
-    past = folder / "palette.json"
-    rows = evaluate.read_json(past).get("subnets", []) if resume and past.exists() else []
+    rows = evaluate.read_palette(folder)["subnets"] if resume and not rank else []
     return Run(folder, settings, hp, task, model.to(args.device), space, train_split, held_out,
                splits, rows), resume
 

@@ -107,7 +107,7 @@ def test_the_readmes_python_examples_run(run, tmp_path, monkeypatch, capsys):
     serving, slicing = re.findall(r"```python\n(.*?)```", README, re.S)
     exec(serving, {})
     large, small = capsys.readouterr().out.splitlines()
-    rows, _ = evaluate.read_palette(run)
+    rows = evaluate.read_palette(run)["subnets"]
     assert large.startswith(evaluate.choose(rows, {}, "accuracy")[0]["name"])
     assert small.startswith("w0.5-d2") and large.split()[1] in data.MOOD
     scope: dict = {}
