@@ -383,9 +383,11 @@ class SuperTransformer(nn.Module):
         own = self.trained_state()
         for name in sorted({*own, *state}):
             if name not in state or name not in own or own[name].shape != state[name].shape:
-                raise ValueError(f"the adapters do not fit this base model: tensor {name!r} is "
-                                 f"missing, extra or misshapen")
-            own[name].copy_(state[name])
+                raise ValueError(f"the adapters do not fit this base model: tensor {short(name)} "
+                                 f"is missing, extra or misshapen")
+            if not own[name].copy_(state[name]).isfinite().all():
+                raise ValueError(f"the adapters are not finite: tensor {name!r} has a NaN or "
+                                 f"infinite value")
 
     @torch.no_grad()
     def initialise(self, seed: int = 0, names: tuple[str, ...] = ("",)) -> "SuperTransformer":
@@ -686,15 +688,15 @@ class GPT(Decoder):
         if re.fullmatch(r"h\.\d+\.attn\.(masked_)?bias", name):        # buffers: the causal mask
             return {}
         conv1d = config["model_type"] == "gpt2" and re.search(r"(attn|c_proj|c_fc)\.weight$", name)
-        tensor = tensor.T if conv1d else tensor                          # Conv1D keeps (in, out)
+        tensor = tensor.T if conv1d and tensor.dim() == 2 else tensor    # Conv1D keeps (in, out)
         for fused, parts in {"c_attn": ("query", "key", "value"), "kv_attn": ("key", "value"),
                              "q_attn": ("query",)}.items():
             if f".attn.{fused}." in name:
                 D, N = config["head_dim"], config["num_attention_heads"]
                 rows = [N * D if part == "query" else D for part in parts]
-                if len(tensor) != sum(rows):
-                    raise ValueError(f"tensor {name!r} has {len(tensor)} rows; config.json asks "
-                                     f"for {sum(rows)}")
+                if tensor.shape[:1] != (sum(rows),):
+                    raise ValueError(f"tensor {short(name)} has {(*tensor.shape, 0)[0]} rows; "
+                                     f"config.json asks for {sum(rows)}")
                 return {name.replace(fused, part): t for part, t in zip(parts, tensor.split(rows))}
         return {name: tensor}
 
@@ -776,13 +778,19 @@ SIZES = ("vocab_size", "hidden_size", "num_attention_heads", "intermediate_size"
          "num_hidden_layers", "max_position_embeddings", "head_dim")
 
 
+def short(value) -> str:
+    """For an error message: as Python writes it, at most 80 characters."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
 def read_json(path: Path) -> dict:
     """A JSON object; FileNotFoundError or ValueError with the path and what is wrong."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no {path}") from None
-    except ValueError as error:                                      # bad JSON and bad UTF-8 both
+    except (ValueError, RecursionError) as error:        # bad JSON, bad UTF-8, too deeply nested
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path} must hold a JSON object, not a {type(value).__name__}")
@@ -800,8 +808,8 @@ def read_config(folder: Path) -> dict:
         if given.get(key, 0) is None:
             del given[key]
     if given.get("model_type") not in list(FAMILIES):
-        raise ValueError(f"{path}: model_type {given.get('model_type')!r} is not supported; choose "
-                         f"from {', '.join(FAMILIES)}")
+        raise ValueError(f"{path}: model_type {short(given.get('model_type'))} is not supported; "
+                         f"choose from {', '.join(FAMILIES)}")
     family = FAMILIES[given["model_type"]]
     config = family.defaults | given
     config |= {ours: config.pop(theirs) for ours, theirs in family.config_names.items()
@@ -814,8 +822,8 @@ def read_config(folder: Path) -> dict:
     heads, hidden = config.get("num_attention_heads"), config.get("hidden_size")
     if "head_dim" not in config and type(heads) is type(hidden) is int and heads > 0:
         if hidden % heads:
-            raise ValueError(f"{path}: hidden_size {hidden} is not a multiple of "
-                             f"num_attention_heads {heads}, and there is no head_dim")
+            raise ValueError(f"{path}: hidden_size {short(hidden)} is not a multiple of "
+                             f"num_attention_heads {short(heads)}, and there is no head_dim")
         config["head_dim"] = hidden // heads
     if family is Llama:
         config.setdefault("num_key_value_heads", heads)
@@ -823,28 +831,31 @@ def read_config(folder: Path) -> dict:
         rope = rope if isinstance(rope, dict) else {"type": rope}
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind != "default":
-            raise ValueError(f"{path}: rotary scaling {kind!r} is not supported")
+            raise ValueError(f"{path}: rotary scaling {short(kind)} is not supported")
         theta = rope.get("rope_theta", config.get("rope_theta", 1e4))
-        if type(theta) not in (int, float) or not theta > 0:
-            raise ValueError(f"{path}: rope_theta must be a positive number, not {theta!r}")
+        if type(theta) not in (int, float) or not 1 <= theta <= 1e30:
+            raise ValueError(f"{path}: rope_theta must be a positive number, at least 1, not "
+                             f"{short(theta)}")
         config["rope_theta"] = float(theta)
     for key in (*SIZES, "type_vocab_size" if family is Bert else "num_key_value_heads"):
-        if type(config.get(key)) is not int or config[key] < 1:
+        most = 2 ** (24 if key == "max_position_embeddings" else 20)
+        if type(config.get(key)) is not int or not 1 <= config[key] <= most:
             name = family.config_names.get(key, key)
-            raise ValueError(f"{path}: {name} must be a positive whole number, not "
-                             f"{config.get(key)!r}")
-    if heads % config.get("num_key_value_heads", 1):
+            raise ValueError(f"{path}: {name} must be a positive whole number, at most {most}, not "
+                             f"{short(config.get(key))}")
+    if family is not Bert and heads % config["num_key_value_heads"]:
         raise ValueError(f"{path}: num_attention_heads {heads} is not a multiple of "
                          f"num_key_value_heads {config['num_key_value_heads']}")
-    if type(config["layer_norm_eps"]) is not float or not config["layer_norm_eps"] > 0:
+    if type(config["layer_norm_eps"]) is not float or not 0 < config["layer_norm_eps"] < 1:
         name = family.config_names.get("layer_norm_eps", "layer_norm_eps")
-        raise ValueError(f"{path}: {name} must be a positive number, not "
-                         f"{config['layer_norm_eps']!r}")
-    choices = {"hidden_act": list(ACTIVATIONS)} | {k: [v] for k, v in family.required.items()}
+        raise ValueError(f"{path}: {name} must be a positive number below 1, not "
+                         f"{short(config['layer_norm_eps'])}")
+    choices = {"hidden_act": list(ACTIVATIONS), "tie_word_embeddings": [True, False],
+               **{key: [value] for key, value in family.required.items()}}
     for key, known in choices.items():
         if config.get(key, known[0]) not in known:
-            raise ValueError(f"{path}: {family.config_names.get(key, key)} {config[key]!r} is not "
-                             f"supported; choose from {', '.join(map(str, known))}")
+            raise ValueError(f"{path}: {family.config_names.get(key, key)} {short(config[key])} is "
+                             f"not supported; choose from {', '.join(map(str, known))}")
     return config
 
 
@@ -855,11 +866,12 @@ def checkpoint_files(folder: str | Path) -> list[Path]:
         return [whole]
     if index.exists():
         places = read_json(index).get("weight_map")
-        names = set(places.values()) if isinstance(places, dict) else {None}
-        if not all(isinstance(n, str) and re.fullmatch(r"[^/\\]+\.safetensors", n) for n in names):
+        names = list(places.values()) if isinstance(places, dict) else [None]
+        if not all(isinstance(name, str) and re.fullmatch(r"[\w.-]{1,200}\.safetensors", name)
+                   for name in names):
             raise ValueError(f"{index}: weight_map must map tensors to .safetensors files beside "
                              f"it")
-        return [whole.with_name(name) for name in sorted(names)]
+        return [whole.with_name(name) for name in sorted(set(names))]
     pickles = sorted(p.name for pattern in ("*.bin", "*.pt*") for p in Path(folder).glob(pattern))
     if pickles:
         raise ValueError(f"{folder} holds only a pickle ({pickles[0]}), which can run code when "
@@ -875,7 +887,8 @@ def read_checkpoint(folder: Path) -> Iterator[tuple[str, Tensor]]:
                 yield from [(name, file.get_tensor(name)) for name in file.keys()]
         except (SafetensorError, OSError) as error:
             missing = "" if path.exists() else "; its index names it, and it is not there"
-            raise ValueError(f"{path} is damaged or cut short: {error}{missing}") from None
+            reason = str(error)[:200] + missing
+            raise ValueError(f"{path} is damaged or cut short: {reason}") from None
 
 
 def load_pretrained(folder: str | Path, num_labels: int | None = None,
@@ -885,20 +898,29 @@ def load_pretrained(folder: str | Path, num_labels: int | None = None,
     num_labels: classes wanted. A classifier in the checkpoint is used when it has that many (or
     when None); else a new one starts, from torch's global seed. dtype: of the frozen weights (None:
     as in the file); the head is float32. Raises FileNotFoundError or ValueError: a missing, extra
-    or misshapen tensor is named, never guessed.
+    or misshapen tensor, or one with a NaN or infinite value, is named, never guessed.
     """
-    folder, found = Path(folder), {}
+    folder, found, fresh = Path(folder), {}, False
     config = read_config(folder)
-    family = FAMILIES[config["model_type"]]
+    family, depth = FAMILIES[config["model_type"]], config["num_hidden_layers"]
     for name, tensor in read_checkpoint(folder):
-        for key, part in family.read(name, tensor, config).items():
+        try:
+            parts = family.read(name, tensor, config)
+        except ValueError as error:
+            raise ValueError(f"{folder}: {error}") from None
+        for key, part in parts.items():
             if key in found:
-                raise ValueError(f"{folder}: tensor {key!r} is there twice, under two spellings")
+                raise ValueError(f"{folder}: tensor {short(key)} is there twice, under two "
+                                 f"spellings")
             found[key] = part
-    classes, fresh = len(found.get("classifier.weight", ())), False
+    if depth > len(found):                           # told before so many layers are built
+        raise ValueError(f"{folder}: config.json asks for {depth} layers; the checkpoint has "
+                         f"{len(found)} tensors")
     if family is Bert:
-        fresh = not classes or num_labels not in (None, classes)
-        found = {k: t for k, t in found.items() if not (fresh and k.startswith("classifier."))}
+        stored = [key for key in found if key.startswith("classifier.")]
+        classes = (*found.get("classifier.weight", torch.empty(0)).shape, 0)[0]
+        fresh = not stored or num_labels not in (None, classes)
+        found = {key: t for key, t in found.items() if not (fresh and key in stored)}
         config["num_labels"] = num_labels or classes or 2
     with torch.device("meta"):
         model = family(config)
@@ -920,11 +942,14 @@ def load_pretrained(folder: str | Path, num_labels: int | None = None,
         if tensor.shape != p.shape:
             raise ValueError(f"{folder}: tensor {key!r} is {tuple(tensor.shape)}; config.json asks "
                              f"for {tuple(p.shape)}")
-        if not tensor.is_floating_point():
-            raise ValueError(f"{folder}: tensor {key!r} is {tensor.dtype}, not floating point")
-        state[name] = tensor.to(torch.float32 if p.requires_grad else dtype or tensor.dtype)
+        if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+            raise ValueError(f"{folder}: tensor {key!r} is {tensor.dtype}, not floating point of "
+                             f"16 to 64 bits")
+        t = state[name] = tensor.to(torch.float32 if p.requires_grad else dtype or tensor.dtype)
+        if not torch.stack(t.aminmax()).isfinite().all():            # one pass, no copy
+            raise ValueError(f"{folder}: tensor {key!r} has a NaN or infinite value in {t.dtype}")
     if found:
-        raise ValueError(f"{folder}: tensor {min(found)!r} has no place in a "
+        raise ValueError(f"{folder}: tensor {short(min(found))} has no place in a "
                          f"{config['model_type']} model")
     model.load_state_dict(state, assign=True)
     if fresh:

@@ -332,7 +332,7 @@ def copied(tmp_path, layout: str, edit=None, **config) -> Path:
         ("llama-mha", None, {"num_key_value_heads": 3}, "not a multiple of num_key_value_heads 3"),
         ("llama-mha", None, {"rope_scaling": {"type": "linear", "factor": 2}}, "scaling 'linear'"),
         ("llama-mha", None, {"rms_norm_eps": 0}, "rms_norm_eps must be a positive number"),
-        ("llama-mha", None, {"rope_theta": 0}, "rope_theta must be a positive number, not 0"),
+        ("llama-mha", None, {"rope_theta": 0}, "positive number, at least 1, not 0"),
         ("llama-mha", None, {"rope_theta": "abc"}, "rope_theta must be a positive number"),
         ("llama-mha", None, {"rope_scaling": "linear"}, "rotary scaling 'linear'"),
         ("llama-mha", None, {"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),

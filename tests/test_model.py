@@ -167,6 +167,9 @@ def test_what_was_trained_is_stored_and_gives_back_the_logits(tiny):
     del state["classifier.bias"]
     with pytest.raises(ValueError, match="classifier.bias"):
         tiny_bert().load_trained_state(state)
+    state["classifier.bias"] = torch.tensor([0, float("nan"), 0])
+    with pytest.raises(ValueError, match="not finite: tensor 'classifier.bias'"):
+        tiny_bert().load_trained_state(state)
 
 
 @pytest.mark.parametrize(
@@ -267,6 +270,42 @@ KEY = "bert.encoder.layer.1.attention.self.key.weight"
 def test_a_checkpoint_that_does_not_fit_is_named_never_guessed(tmp_path, edit, config, words):
     with pytest.raises(ValueError, match=words):
         load_pretrained(damaged(tmp_path, edit, config))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e5])
+def test_one_weight_that_is_not_finite_is_named(tmp_path, value):
+    """A NaN makes every logit NaN, and accuracy looks like chance. 1e5 is infinite in float16."""
+    folder = damaged(tmp_path, lambda t: t[KEY].view(-1)[7:8].fill_(value))
+    with pytest.raises(
+        ValueError, match="key.weight' has a NaN or infinite value in torch.float16"
+    ):
+        load_pretrained(folder, dtype=torch.float16)
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("num_hidden_layers", 10**6),
+        ("hidden_size", 10**30),
+        ("intermediate_size", "y" * 10_000),
+        ("layer_norm_eps", float("inf")),
+        ("hidden_act", ["gelu"] * 10_000),
+    ],
+)
+def test_an_absurd_config_is_told_in_one_sentence_at_once(tmp_path, field, value):
+    """Before a million layers are built, and without ten thousand characters of a wrong value."""
+    with pytest.raises(ValueError, match="config.json") as told:
+        load_pretrained(damaged(tmp_path, config={field: value}))
+    assert len(str(told.value).removeprefix(str(tmp_path))) < 200
+
+
+def test_json_may_begin_with_a_byte_order_mark_but_not_nest_without_end(tmp_path):
+    path = damaged(tmp_path) / "config.json"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    load_pretrained(tmp_path)
+    path.write_text('{"a": ' + "[" * 100_000)
+    with pytest.raises(ValueError, match="config.json is not valid JSON: maximum recursion depth"):
+        load_pretrained(tmp_path)
 
 
 def test_truncated_pickled_and_missing_checkpoints_are_refused(tmp_path):
