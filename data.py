@@ -1,8 +1,8 @@
 """What MLFS learns from: GLUE, Python code, the built-in toy; tokenising, batches, downloads.
 
 A task is a row of a table, not a class. Files are GLUE's own TSV: a tab separates, quotes mean
-nothing, a byte-order mark and Windows line ends are accepted, an empty sentence is an example like
-any other ([CLS] [SEP]).
+nothing, a byte-order mark and Windows line ends are accepted (in vocab.txt, tokenizer.json and JSON
+lines, too), an empty sentence is an example like any other ([CLS] [SEP]).
 """
 import gzip
 import hashlib
@@ -97,7 +97,7 @@ def load_glue(task: str, split: str, folder: str | Path) -> Rows:
         for column in columns:
             if column not in header:
                 raise ValueError(f"{path}, line 1: there is no column {column!r}; the header has "
-                                 f"{', '.join(header)[:200]}")
+                                 f"{', '.join(map(repr, header))[:200]}")
         columns = tuple(header.index(column) for column in columns)
     classes = {str(i): i for i in range(len(row.labels))} | {w: i for i, w in enumerate(row.labels)}
     texts, labels = [], []
@@ -110,7 +110,7 @@ def load_glue(task: str, split: str, folder: str | Path) -> Rows:
         try:
             labels.append(classes[label] if classes else finite(label))
         except (KeyError, ValueError):
-            raise ValueError(f"{path}, line {number}: unknown label {label[:80]!r}; expected "
+            raise ValueError(f"{path}, line {number}: unknown label {label[:80]!r:.80}; expected "
                              f"{', '.join(classes) or 'a number'}") from None
         texts.append(tuple(sentences))
     if not texts:
@@ -119,7 +119,7 @@ def load_glue(task: str, split: str, folder: str | Path) -> Rows:
 
 
 def finite(text: str) -> float:
-    if not np.isfinite(value := float(text)):
+    if not abs(value := float(text)) < 3.4e38:       # what float32 holds; false for NaN, too
         raise ValueError(text)
     return value
 
@@ -176,7 +176,8 @@ def sources(path: Path) -> Iterator[bytes]:
                     if not isinstance(content, str):
                         raise ValueError("\"content\" is no text")
                     yield content.encode("utf-8", errors="surrogatepass")    # JSON may hold halves
-        except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError) as error:
+        except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError,
+                RecursionError) as error:
             raise ValueError(f"{path}, after line {max(0, number - 1)}: not JSON lines with a "
                              f"\"content\" field ({error})") from None
 
@@ -414,20 +415,27 @@ def tokenizer_file(folder: str | Path) -> Path:
 
 
 def load_tokenizer(folder: str | Path, vocab_size: int | None = None) -> Tokenizer:
-    """tokenizer.json, or uncased WordPiece from vocab.txt.
+    """tokenizer.json, or uncased WordPiece from vocab.txt; a byte-order mark is no part of either.
 
     Raises FileNotFoundError, or ValueError if it is damaged or its ids exceed `vocab_size`.
     """
     path = tokenizer_file(folder)
     try:
+        text = path.read_bytes().decode("utf-8-sig")
         if path.suffix == ".json":
-            tokenizer = Tokenizer.from_file(str(path))
+            tokenizer = Tokenizer.from_str(text)
         else:
-            tokenizer = BertWordPieceTokenizer(str(path), lowercase=True)._tokenizer
-        tokenizer.encode("a \u2603")                 # fails without an unknown-token
-    except Exception as error:                       # the library raises bare Exception
-        raise ValueError(f"{path} is not a tokenizer: {error}") from None
-    largest = max(tokenizer.get_vocab().values(), default=-1)
+            lines = text.removesuffix("\n").split("\n")
+            words = {line.rstrip(): i for i, line in enumerate(lines)}
+            tokenizer = BertWordPieceTokenizer(words, lowercase=True)._tokenizer
+        tokenizer.no_padding()                       # the file's own may be of any size
+        probe = tokenizer.encode("a \u2603", "a").ids        # fails without an unknown-token
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:                   # the library raises bare Exception, or panics
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path} is not a tokenizer: {reason}") from None
+    largest = max(*tokenizer.get_vocab().values(), *probe, -1, -1)
     if vocab_size is not None and largest >= vocab_size:
         raise ValueError(f"{path} has token ids up to {largest}; the model's embedding has "
                          f"{vocab_size} rows")

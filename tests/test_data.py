@@ -1,5 +1,6 @@
 """Readers, tokenising, batches, downloads and the toy language."""
 
+import json
 import zipfile
 
 import numpy as np
@@ -127,7 +128,7 @@ def test_a_bad_row_is_named_by_file_and_line(tmp_path, text, words):
 
 def test_bad_scores_bad_bytes_missing_files_and_unknown_tasks(tmp_path):
     header = "sentence1\tsentence2\tscore\n"
-    for score in ("many", "nan", "inf"):
+    for score in ("many", "nan", "inf", "1e39"):  # 1e39 is infinite in float32
         write(tmp_path, "STS-B/dev.tsv", header + f"a\tb\t{score}\n")
         with pytest.raises(ValueError, match="line 2: unknown label .* expected a number"):
             data.load_glue("stsb", "dev", tmp_path)
@@ -199,6 +200,52 @@ def test_a_tokenizer_that_does_not_fit_the_embedding_is_refused(folder):
         data.load_tokenizer(folder)
     with pytest.raises(FileNotFoundError, match="there is neither"):
         data.load_tokenizer(folder / "nowhere")
+
+
+def test_a_byte_order_mark_and_windows_lines_are_no_part_of_a_token(folder):
+    plain, path = data.load_tokenizer(folder), folder / "vocab.txt"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    assert data.load_tokenizer(folder).get_vocab() == plain.get_vocab()
+    text = plain.to_str(pretty=True).replace("\n", "\r\n")
+    (folder / "tokenizer.json").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert data.load_tokenizer(folder).get_vocab() == plain.get_vocab()
+
+
+@pytest.mark.parametrize(
+    "part, words",
+    [
+        # [CLS] and [SEP] are added after the vocabulary is looked up
+        (
+            {"post_processor": {"type": "BertProcessing", "sep": ["[SEP]", 99], "cls": ["a", 2]}},
+            "token ids up to 99; the model's embedding has 15 rows",
+        ),
+        # the library panics: no Exception
+        ({"pre_tokenizer": {"type": "FixedLength", "length": 0}}, "is not a tokenizer: chunk size"),
+        ({"pre_tokenizer": {"type": "y" * 10_000}}, r"is not a tokenizer: .{1,200}$"),
+    ],
+)
+def test_a_tokenizer_is_tried_before_it_is_trusted(folder, part, words):
+    whole = json.loads(data.load_tokenizer(folder).to_str())
+    (folder / "tokenizer.json").write_text(json.dumps(whole | part))
+    with pytest.raises(ValueError, match=words):
+        data.load_tokenizer(folder, 15)
+
+
+def test_a_tokenizers_own_padding_is_not_used(folder):
+    """To this length it would end the process for lack of memory, with no exception to catch."""
+    tokenizer = data.load_tokenizer(folder)
+    tokenizer.enable_padding(length=2**45)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    assert decode(data.load_tokenizer(folder).encode("this").ids) == "[CLS] this [SEP]"
+
+
+@pytest.mark.parametrize(
+    "line", [b"[" * 100_000, b'{"content": 7}', b"{}", b"7", b'{"content": "\xff"}']
+)
+def test_a_bad_line_of_code_is_named_by_file_and_line(tmp_path, line):
+    (tmp_path / "a.jsonl").write_bytes(b'{"content": "x = 1"}\n' + line + b"\n")
+    with pytest.raises(ValueError, match=r"a.jsonl, after line 1: not JSON lines with a"):
+        data.load_code(tmp_path)
 
 
 # ----------------------------------------------------------------------------------------- batches
