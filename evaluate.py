@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 import data
 from model import (Cache, Decoder, ElasticLinear, SubnetConfig, SuperTransformer,
-                   checkpoint_files, load_pretrained, read_json, replacing, save_pretrained)
+                   checkpoint_files, load_pretrained, read_json, replacing, save_pretrained, short)
 
 
 # ----------------------------------------------------------------- metrics, as pure functions
@@ -654,13 +654,15 @@ def read_lines(path: Path, keys: dict[str, type]) -> list[dict]:
         raise FileNotFoundError(f"there is no {path}")
     rows: list[dict] = []
     try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
+        unpack = gzip.open if path.suffix == ".gz" else open
+        with unpack(path, "rt", encoding="utf-8-sig") as file:       # a byte-order mark is no text
             for line in file:
                 row = json.loads(line)
                 if missing := [key for key in keys if not isinstance(row.get(key), keys[key])]:
                     raise ValueError(f"there is no {missing[0]!r}, or it is of the wrong type")
                 rows.append(row)
-    except (EOFError, zlib.error, gzip.BadGzipFile, ValueError, AttributeError) as error:
+    except (EOFError, zlib.error, gzip.BadGzipFile, ValueError, AttributeError,
+            RecursionError) as error:
         raise ValueError(f"{path}, line {len(rows) + 1}: {error}") from None
     return rows
 
@@ -675,9 +677,9 @@ def humaneval(model: SuperTransformer, tokenizer: Tokenizer, problems: list[dict
     """
     rows, made = [], origin | settings
     if path.exists():
-        text = path.read_text(encoding="utf-8")
+        text = path.read_bytes()
         with replacing(path) as beside:              # without a last line that a crash cut short
-            beside.write_text(text[:text.rfind("\n") + 1], encoding="utf-8")
+            beside.write_bytes(text[:text.rfind(b"\n") + 1])
         rows = read_lines(path, {"task_id": str, "sample": int, "passed": bool, "made": dict})
     if odd := [key for row in rows for key in made if row["made"].get(key) != made[key]]:
         raise ValueError(f"{path} holds completions made with another {odd[0]}; move it away first")
@@ -899,11 +901,11 @@ def take_folder(folder: Path, settings: dict, resume: bool, overwrite: bool) -> 
         for key in ("task", "base", "data", "hyper_parameters", "device", "dtype"):
             new = json.loads(json.dumps(settings[key]))              # tuples become lists
             if old.get(key) != new:
-                fields = new if isinstance(new, dict) else {}
-                odd = [f for f in fields if (old.get(key) or {}).get(f) != fields[f]]
+                fields = new if isinstance(new, dict) and isinstance(old.get(key), dict) else {}
+                odd = [f for f in fields if old[key].get(f) != fields[f]]
                 raise ValueError(f"{folder} was started with another {key} "
-                                 f"({', '.join(odd) or new}); --resume needs the command it was "
-                                 f"started with")
+                                 f"({', '.join(odd[:5]) or short(new)}); --resume needs the "
+                                 f"command it was started with")
         lock(folder)
         return old
     if folder.exists() and any(folder.iterdir()) and not overwrite:
@@ -965,11 +967,11 @@ def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
             origin = json.loads(file.metadata()["mlfs"])
-        if origin["sha256"] != digest(tensors):
+        if not isinstance(origin, dict) or origin.get("sha256") != digest(tensors):
             raise ValueError("its sha256 is not the one stored in it")
         return tensors, origin
-    except (SafetensorError, OSError, TypeError, KeyError, ValueError) as error:
-        raise ValueError(f"{path} is damaged or cut short: {error}") from None
+    except (SafetensorError, OSError, TypeError, KeyError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged or cut short: {str(error)[:200]}") from None
 
 
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor], origin: dict) -> None:
@@ -998,11 +1000,16 @@ def save_state(folder: Path, model: SuperTransformer, optimizer: torch.optim.Opt
 
 def load_state(folder: Path, model: SuperTransformer) -> dict | None:
     """The inverse of `save_state`: fills the model, returns `mlfs`'s `resume` (None: no state)."""
-    if not (folder / "state.safetensors").exists():
+    path = folder / "state.safetensors"
+    if not path.exists():
         return None
-    tensors, position = read_tensors(folder / "state.safetensors")
-    model.load_trained_state({name.removeprefix("model."): t for name, t in tensors.items()
-                              if name.startswith("model.")})
+    tensors, position = read_tensors(path)
+    names = re.compile(r"model\..+|U\.\d+|optimizer\.\d+\.\w+")
+    if ([type(position.get(key)) for key in ("stage", "step")] != [int, int]
+            or not all(map(names.fullmatch, tensors))):
+        raise ValueError(f"{path} is not one of ours; train anew with --overwrite")
+    fill(model, path, {name.removeprefix("model."): t for name, t in tensors.items()
+                       if name.startswith("model.")})
     model.num_stages = position["stage"] + 1         # without adapters, nothing else tells
     resume = position | {"optimizer": {}, "U": {}}
     for name, t in tensors.items():
@@ -1014,20 +1021,28 @@ def load_state(folder: Path, model: SuperTransformer) -> dict | None:
     return resume
 
 
+def fill(model: SuperTransformer, path: Path, state: dict[str, torch.Tensor]) -> None:
+    """`load_trained_state`; ValueError names the file."""
+    try:
+        model.load_trained_state(state)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
 def keep_log(path: Path, resume: dict | None) -> None:
     """Drop the lines logged after the checkpoint: they will be written again."""
-    def place(line: str) -> tuple[float, float]:
+    def kept(line: str) -> bool:
         try:
             entry = json.loads(line)
-            return entry["stage"], entry["step"]
-        except (ValueError, KeyError, TypeError):                    # a line cut off by a crash
-            return math.inf, math.inf
+            return (entry["stage"], entry["step"]) <= position
+        except (ValueError, KeyError, TypeError, RecursionError):    # a line cut off by a crash
+            return False
 
     if path.exists():
         position = (resume["stage"], resume["step"]) if resume else (0, 0)
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        text = path.read_text(encoding="utf-8-sig", errors="replace")
         with replacing(path) as beside:
-            beside.write_text("".join(line for line in lines if place(line) <= position),
+            beside.write_text("".join(filter(kept, text.splitlines(keepends=True))),
                               encoding="utf-8")
 
 
@@ -1107,8 +1122,11 @@ def load_run(folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float
         data.TASKS[run["task"]]
         space = [subnet(row) for row in run["space"]]
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{folder / 'run.json'} is not one of ours, or was edited: {error} is "
-                         f"missing or wrong") from None
+        raise ValueError(f"{folder / 'run.json'} is not one of ours, or was edited: "
+                         f"{short(error.args[0])} is missing or wrong") from None
+    if not os.path.isdir(base):
+        raise FileNotFoundError(f"{folder / 'run.json'}: its base checkpoint {short(str(base))} is "
+                                f"not there; name its folder with --model")
     state, origin = read_tensors(folder / "adapters.safetensors")
     if not base_digest(base) == sha256 == origin.get("base"):
         raise ValueError(f"{base} is not the checkpoint that {folder} was trained on: sha256 "
@@ -1120,7 +1138,7 @@ def load_run(folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float
     model = load_pretrained(base, run["num_labels"], dtype)
     if random_start:
         model.initialise(seed)
-    model.load_trained_state(state)
+    fill(model, folder / "adapters.safetensors", state)
     return run, model.to(device), space
 
 
