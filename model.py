@@ -946,7 +946,7 @@ def load_pretrained(folder: str | Path, num_labels: int | None = None,
             raise ValueError(f"{folder}: tensor {key!r} is {tensor.dtype}, not floating point of "
                              f"16 to 64 bits")
         t = state[name] = tensor.to(torch.float32 if p.requires_grad else dtype or tensor.dtype)
-        if not torch.stack(t.aminmax()).isfinite().all():            # one pass, no copy
+        if not torch.stack(t.aminmax()).isfinite().all():            # reads each value once
             raise ValueError(f"{folder}: tensor {key!r} has a NaN or infinite value in {t.dtype}")
     if found:
         raise ValueError(f"{folder}: tensor {short(min(found))} has no place in a "
