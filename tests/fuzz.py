@@ -122,12 +122,13 @@ def read_resumed(folder: Path) -> object:
 
 def read_palette(folder: Path) -> object:
     """palette.json, and every table made of it."""
-    rows, measured = evaluate.read_palette(folder / "run")
+    palette = evaluate.read_palette(folder / "run")
+    rows, metric = palette["subnets"], palette["metric"]
     if rows:
-        evaluate.choose(rows, {"parameters": 1e9}, "accuracy")
-        text = evaluate.final_table(rows, "accuracy") + evaluate.palette_table(rows, "accuracy")
-        return text, evaluate.conditions(measured) if measured else ""
-    return rows, measured
+        evaluate.choose(rows, {"parameters": 1e9}, metric)
+        tables = evaluate.final_table(rows, metric) + evaluate.palette_table(rows, metric)
+        return tables, evaluate.conditions(palette["measured"])
+    return palette
 
 
 def read_code(folder: Path) -> object:
