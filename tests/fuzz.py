@@ -434,7 +434,8 @@ def label(rng, target, n, path, old):
     """The last cell of the last line (CoLA: the second): a label that is none, or hardly one."""
     *lines, last = old.decode().split("\n")[:-1]
     cells = last.split("\t")
-    cells[1 if path.startswith("CoLA") else -1] = (*LABELS, "9" * 5000, "x" * 100_000)[n % 18]
+    odd = (*LABELS, "9" * 5000, "x" * 100_000)
+    cells[1 if path.startswith("CoLA") else -1] = odd[n % len(odd)]
     return ("\n".join([*lines, "\t".join(cells)]) + "\n").encode()
 
 
@@ -811,9 +812,15 @@ WEIGHTS |= dict.fromkeys(("crlf", "bom", "directory", "dangling-link", "link-loo
 def damage(targets: dict[str, Target], seed: int, case: str) -> Damage:
     name, mutation, number = case.rsplit("/", 2)
     target, rng = targets[name], random.Random(f"{seed}/{case}")
-    path = target.damaged[int(number) % len(target.damaged)]
-    new = MUTATIONS[mutation](rng, target, int(number), path, target.files[path])
+    n = int(number) + first_variant(name, seed)
+    path = target.damaged[n % len(target.damaged)]
+    new = MUTATIONS[mutation](rng, target, n, path, target.files[path])
     return new if isinstance(new, Damage) else Damage(target.files | {path: new})
+
+
+def first_variant(name: str, seed: int) -> int:
+    """Where a target starts in a mutation's list of variants: others start elsewhere."""
+    return random.Random(f"{seed}/{name}").randrange(10_000)
 
 
 def in_a_fork(read: Callable[[Path], object], folder: Path) -> dict:
