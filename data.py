@@ -97,7 +97,7 @@ def load_glue(task: str, split: str, folder: str | Path) -> Rows:
         for column in columns:
             if column not in header:
                 raise ValueError(f"{path}, line 1: there is no column {column!r}; the header has "
-                                 f"{', '.join(map(repr, header))[:200]}")
+                                 f"{', '.join(map(repr, header[:20]))[:200]}")
         columns = tuple(header.index(column) for column in columns)
     classes = {str(i): i for i in range(len(row.labels))} | {w: i for i, w in enumerate(row.labels)}
     texts, labels = [], []
