@@ -399,7 +399,7 @@ def mlfs(model: SuperTransformer, examples: data.Examples, space: list[SubnetCon
         yield Iteration(stage, done, steps, optimizer, U)
         for step, batch in enumerate(batches, done + 1):                                       # 3,4
             losses, seed = {}, (hp.seed, stage, step)
-            x, y, of_labels, of_tokens = my_share(*batch)
+            x, y, of_labels, of_tokens = my_share(*batch)    # all of it, 1 and 1, but in torchrun
             subnets = sample_sub_transformers(space, stage, hp.num_subnets, seed)              # 6
             for phi in subnets:                                                                # 7
                 s, h = model.encode(**x, phi=phi)            # Π_Φ(W_Sup), in every layer  # 5,8,10
@@ -413,6 +413,7 @@ def mlfs(model: SuperTransformer, examples: data.Examples, space: list[SubnetCon
                 (scale * loss).backward()                    # .grad adds up to Eq. 6          # 13
                 losses[phi.name] = loss.detach()
                 del s, h, loss                               # one subnet's graph at a time
+            # Eq. 6 over all processes (ours); nothing to do where there is one.
             add_up([p.grad for p in trained if p.grad is not None] + [*losses.values()])
             norm = torch.nn.utils.clip_grad_norm_(trained, hp.clip or math.inf)
             losses = finite_losses(stage, step, losses, norm)
