@@ -123,7 +123,7 @@ def next_token_losses(model: SuperTransformer, phi: SubnetConfig, examples: data
     """Cross-entropy in nats per next token, mean over each window (M,)."""
     device, means = next(model.parameters()).device, []
     for x, y in data.batches(examples, batch_size, device=device):
-        s, _ = model.encode(**x, phi=phi)                                        # (B, T, H)
+        s, _ = model.encode(**x, phi=phi, features=False)                        # (B, T, H)
         for states, targets in zip(s, y):                    # one window's logits (T, V) at a time
             means.append(F.cross_entropy(model.logits(states), targets, ignore_index=data.IGNORED))
     return torch.stack(means).cpu().numpy()
@@ -605,7 +605,7 @@ def generate(model: SuperTransformer, tokenizer: Tokenizer, prompts: list[str],
     new: list[list[int]] = [[] for _ in prompts]
     running, longest = set(range(len(prompts))), max(map(len, stop), default=0)
     for S in range(P, total):
-        s, _ = model.encode(ids, mask[:, :S] if padded else None, phi, cache)
+        s, _ = model.encode(ids, mask[:, :S] if padded else None, phi, cache, features=False)
         z = model.logits(s[:, -1])                                           # (B, V)
         greedy = temperature == 0
         ids = z.argmax(-1, keepdim=True) if greedy else sample(z / temperature, top_p, draws)

@@ -346,7 +346,7 @@ def importance(model: SuperTransformer, examples: data.Examples,
     scores, size = dict.fromkeys(readers, 0.0), min(32, hp.batch_size)
     rows = np.random.default_rng(hp.seed).permutation(len(examples.ids))[:64 * size]
     for x, y in data.batches(examples.take(rows), size, seed=hp.seed, device=device):
-        s, _ = model.encode(**x, phi=model.maxnet)
+        s, _ = model.encode(**x, phi=model.maxnet, features=False)
         gradients = torch.autograd.grad(output_loss(model, s, None, y, hp), list(readers.values()))
         for (key, W), dW in zip(readers.items(), gradients):
             gate = (W.detach().float() * dW.float()).sum(0)                      # (N·D,) or (F,)
@@ -402,10 +402,10 @@ def mlfs(model: SuperTransformer, examples: data.Examples, space: list[SubnetCon
             x, y, of_labels, of_tokens = my_share(*batch)    # all of it, 1 and 1, but in torchrun
             subnets = sample_sub_transformers(space, stage, hp.num_subnets, seed)              # 6
             for phi in subnets:                                                                # 7
-                s, h = model.encode(**x, phi=phi)            # Π_Φ(W_Sup), in every layer  # 5,8,10
+                s, h = model.encode(**x, phi=phi, features=stage > 0)      # Π_Φ(W_Sup)    # 5,8,10
                 if phi == maxnet:                            # α = 0; z_1, h_1 are constants
                     loss = of_labels * output_loss(model, s, None, y, hp)                      # 11
-                    s_1, h_1 = s.detach(), {l: h[l].detach() for l in U}
+                    s_1, h_1 = s.detach(), {l: h[l].detach() for l in U if l in h}
                 else:                                        # (1-α) ℓ_task + α (ℓ_KD + ℓ_FD)
                     fd = of_tokens * fd_loss(h, h_1, U, hp.beta, x["mask"], hp.fd_sum)
                     loss = of_labels * output_loss(model, s, s_1, y, hp) + hp.alpha * fd       # 12

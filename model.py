@@ -64,6 +64,53 @@ def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
 
 
+def product(x: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
+    """x Wᵀ + b, x (M, i) and W (o, i).
+
+    In float32 on a CPU with AVX-512 oneDNN is asked, not MKL, which on AMD's takes twice as long.
+    It wants dense operands: the reference kernel that it has for others takes minutes.
+    """
+    if x.dtype != torch.float32 or x.device.type != "cpu" or torch.compiler.is_exporting() or \
+            torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return F.linear(x, W, b)
+    if not W.is_contiguous() and not W.t().is_contiguous():
+        W = W.contiguous() if W.stride(1) == 1 else W.t().contiguous().t()
+    return packed_linear(x.contiguous(), W, b)
+
+
+class LowRankLinear(torch.autograd.Function):
+    """y = x Wᵀ + b + (x A) B of x (..., i), W (o, i), A (i, r), B (r, o); its gradient by hand.
+
+    Sums go in place and nothing is kept that no gradient reads: training takes a tenth less time.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, W: Tensor, b: Tensor | None, A: Tensor | None,
+                B: Tensor | None) -> Tensor:
+        rows = x.reshape(-1, x.size(-1))                                         # (M, i)
+        y, xA = product(rows, W, b), None                                        # (M, o)
+        if A is not None:
+            xA = product(rows, A.t())                                            # (M, r)
+            y.addmm_(xA, B)
+        read = A is not None or W.requires_grad
+        ctx.save_for_backward(rows if read else None, W, A, B, xA)
+        return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.size(1)])
+
+    @staticmethod
+    def backward(ctx, g: Tensor) -> tuple:
+        """dx = g W + (g Bᵀ) Aᵀ, dW = gᵀ x, db = Σ g, dA = xᵀ (g Bᵀ), dB = (x A)ᵀ g."""
+        x, W, A, B, xA = ctx.saved_tensors
+        need_x, need_W, need_b, *_ = ctx.needs_input_grad
+        rows, dx, dA, dB = g.reshape(-1, g.size(-1)), None, None, None           # (M, o)
+        if A is not None:
+            gB = product(rows, B)                                                # (M, r)
+            dA, dB = x.t() @ gB, xA.t() @ rows
+        if need_x:
+            dx = product(rows, W.t())                                            # (M, i)
+            dx = (dx if A is None else dx.addmm_(gB, A.t())).view(*g.shape[:-1], -1)
+        return dx, rows.t() @ x if need_W else None, rows.sum(0) if need_b else None, dA, dB
+
+
 class ElasticLinear(nn.Module):
     """y = x W_Φᵀ + b_Φ + Σ_s (x A_s[:i]) B_s[:, :o]    (Eqs. 2, 8 and 9)"""
 
@@ -93,12 +140,11 @@ class ElasticLinear(nn.Module):
         i, o = x.size(-1), out_features
         if self.packed is not None and self.weight.shape == (o, i):
             return packed_linear(x, self.packed, self.bias)
-        y = F.linear(x, self.weight[:o, :i], None if self.bias is None else self.bias[:o])
+        b, A, B = None if self.bias is None else self.bias[:o], None, None
         if len(self.A):                              # Σ_s A_s B_s = [A_0 A_1 A_2] [B_0; B_1; B_2]
             A = torch.cat([A[:i] for A in self.A], dim=1).to(x.dtype)
             B = torch.cat([B[:, :o] for B in self.B], dim=0).to(x.dtype)
-            y = y + (x @ A) @ B
-        return y
+        return LowRankLinear.apply(x, self.weight[:o, :i], b, A, B)
 
     @torch.no_grad()
     def merged(self) -> Tensor:
@@ -222,11 +268,12 @@ class SuperTransformer(nn.Module):
                 **more) -> tuple[Tensor, dict[int, Tensor]]:
         """z, h = f_Φ(x; Π_Φ(W_Sup)); ids and mask (B, T), mask 1 for a real token (Sec. 4).
 
-        In inference mode no loss will compare h, and it is empty: to hold all states in memory
-        makes a pass over 32 x 128 tokens up to a tenth slower.
+        In inference mode no loss will compare h, and it is empty: to compute and hold it all takes
+        a BERT of 6 layers a sixth longer.
         """
-        s, features = self.encode(ids, mask, phi or self.maxnet, **more)
-        return self.logits(s), features
+        s, h = self.encode(ids, mask, phi or self.maxnet,
+                           features=not torch.is_inference_mode_enabled(), **more)
+        return self.logits(s), h
 
     def run(self, l: int, *inputs) -> Tensor:
         """Maxnet layer l."""
@@ -423,11 +470,15 @@ class BertLayer(nn.Module):
         self.output_norm = ElasticLayerNorm(H, c["layer_norm_eps"])
         self.head_dim, self.activation = c["head_dim"], ACTIVATIONS[c["hidden_act"]]
 
-    def forward(self, x: Tensor, bias: Tensor | None, phi: SubnetConfig) -> Tensor:
+    def forward(self, x: Tensor, bias: Tensor | None, phi: SubnetConfig,
+                tokens: int | None) -> Tensor:
+        """(B, T, H) -> (B, tokens, H), the states of the leading `tokens`; None: of all."""
         N, H, I = phi.num_attention_heads, phi.hidden_size, phi.intermediate_size
-        qkv = (linear(x, N * self.head_dim).unflatten(-1, (N, -1)).transpose(1, 2)
-               for linear in (self.query, self.key, self.value))     # (B, T, H) -> (B, N, T, D)
+        inputs = (self.query, x[:, :tokens]), (self.key, x), (self.value, x)
+        qkv = (linear(s, N * self.head_dim).unflatten(-1, (N, -1)).transpose(1, 2)
+               for linear, s in inputs)                              # (B, T, H) -> (B, N, T, D)
         context = attention(*qkv, bias).transpose(1, 2).flatten(2)           # (B, T, N·D)
+        x = x[:, :tokens]
         x = self.attention_norm(self.attention_output(context, H).add_(x))   # in place: 3 to 6%
         return self.output_norm(self.output(self.activation(self.intermediate(x, I)), H).add_(x))
 
@@ -471,20 +522,24 @@ class Bert(SuperTransformer):
         self.classifier = ElasticLinear(H, c["num_labels"], trainable=True)
 
     def encode(self, ids: Tensor, mask: Tensor | None, phi: SubnetConfig,
-               segments: Tensor | None = None) -> tuple[Tensor, dict[int, Tensor]]:
-        """The first token's last state (B, H), and h_Φ: the states (B, T, H) after each layer."""
+               segments: Tensor | None = None,
+               features: bool = True) -> tuple[Tensor, dict[int, Tensor]]:
+        """The first token's last state (B, H), and h_Φ: the states (B, T, H) after each layer.
+
+        Without features, the last layer computes only what is read: the first token's state.
+        """
         H, positions = phi.hidden_size, torch.arange(ids.size(1), device=ids.device)
         segments = torch.zeros_like(ids) if segments is None else segments
         x = self.embedding_norm(
             self.word_embeddings(ids, H) + self.position_embeddings(positions, H)
             + self.token_type_embeddings(segments, H))
         bias = None if mask is None else hide(mask == 0, x.dtype)[:, None, None]     # (B, 1, 1, T)
-        features = {}
+        h = {}
         for l in phi.layers:                                         # g_j(1), g_j(2), ...
-            x = self.run(l, x, bias, phi)
-            if not torch.is_inference_mode_enabled():
-                features[l] = x
-        return x[:, 0], features
+            x = self.run(l, x, bias, phi, None if features or l < phi.layers[-1] else 1)
+            if features:
+                h[l] = x
+        return x[:, 0], h
 
     def logits(self, s: Tensor) -> Tensor:                           # (B, H) -> (B, C)
         s = s.to(self.pooler.weight.dtype)                           # the head stays in float32
@@ -583,7 +638,8 @@ class Decoder(SuperTransformer):
         return super().subnet_config(phi) | {"num_key_value_heads": kept}
 
     def encode(self, ids: Tensor, mask: Tensor | None, phi: SubnetConfig,
-               cache: Cache | None = None) -> tuple[Tensor, dict[int, Tensor]]:
+               cache: Cache | None = None,
+               features: bool = True) -> tuple[Tensor, dict[int, Tensor]]:
         """Each token's last state (B, T, H), and h_Φ: the states after each layer, normalised.
 
         With a cache, ids continue the tokens in it, and mask covers both. Pad on either side. The
@@ -602,14 +658,14 @@ class Decoder(SuperTransformer):
             hidden = hidden | (mask == 0)[:, None, None]                             # (B, 1, T, S)
         x, rotation = self.embed(ids, positions, phi.hidden_size)
         bias = hide(hidden, x.dtype).view(-1, 1, T, S) if T > 1 or mask is not None else None
-        features = {}
+        h = {}
         for l in phi.layers:                                         # g_j(1), g_j(2), ...
             x = self.run(l, x, bias, phi, rotation, cache)
-            if not torch.is_inference_mode_enabled():
-                features[l] = F.rms_norm(x, x.shape[-1:], eps=1e-6)
+            if features:
+                h[l] = F.rms_norm(x, x.shape[-1:], eps=1e-6)
         if cache is not None:
             cache.length = S
-        return self.final_norm(x), features
+        return self.final_norm(x), h
 
     def pack(self) -> "Decoder":
         """Ready to generate fast with Φ = the maxnet, for a second copy of the weights' memory.
@@ -945,7 +1001,8 @@ def load_pretrained(folder: str | Path, num_labels: int | None = None,
         if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
             raise ValueError(f"{folder}: tensor {key!r} is {tensor.dtype}, not floating point of "
                              f"16 to 64 bits")
-        t = state[name] = tensor.to(torch.float32 if p.requires_grad else dtype or tensor.dtype)
+        t = tensor.to(torch.float32 if p.requires_grad else dtype or tensor.dtype)
+        state[name] = t.clone() if p.requires_grad else t    # its view would keep the file in memory
         if not torch.stack(t.aminmax()).isfinite().all():            # reads each value once
             raise ValueError(f"{folder}: tensor {key!r} has a NaN or infinite value in {t.dtype}")
     if found:
