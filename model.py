@@ -218,8 +218,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
         q = q.reshape(-1, K, N // K * T, D)                              # (B, K, N/K·T, D)
         bias = bias.repeat(1, 1, N // K, 1) if T > 1 and bias is not None else bias
     if textbook:
-        scores = q @ k.transpose(-1, -2) * D ** -0.5                     # (B, K, N/K·T, S)
-        context = (scores if bias is None else scores + bias).softmax(-1) @ v
+        scores = q * D ** -0.5 @ k.transpose(-1, -2)                     # (B, K, N/K·T, S)
+        context = (scores if bias is None else scores.add_(bias)).softmax(-1) @ v
     else:
         context = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
     return context.reshape(-1, N, T, D) if K < N else context

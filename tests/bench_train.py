@@ -1,10 +1,11 @@
 """What training costs: against transformers + PEFT, the share of matrix products, how it all grows.
 
     pip install transformers==5.23.0 peft==0.21.2
-    python tests/bench_train.py MINILM GLUE [bfloat16|float32]       # two folders; 5 minutes a dtype
+    python tests/bench_train.py MINILM GLUE [bfloat16|float32]
 
-MINILM: a BERT checkpoint; GLUE: the folder that holds SST-2/. Contestants take turns, step by step,
-each in a process of its own. Not a test: run it by hand on a quiet machine.
+MINILM: folder of a BERT checkpoint; GLUE: the folder that holds SST-2/. Contestants take turns, step by step,
+each in a process of its own. Not a test: run it by hand on a quiet machine (5 minutes
+a dtype).
 """
 import itertools
 import json
@@ -233,20 +234,21 @@ def growth(dtype: str) -> None:
     sizes = {
         "K": [dict(stage=2, num_subnets=k) for k in (1, 2, 4, 8)],
         "layers": [dict(stage=0, layers=n, shares=1) for n in (1, 3, 6, 12, 24)],
-        "tokens": [dict(stage=0, tokens=t, rows=1024 // t) for t in (32, 64, 128, 256, 512)],
+        "tokens": [dict(stage=0, tokens=t, rows=8) for t in (32, 64, 128, 256, 512)],
         "stage": [dict(stage=s) for s in (0, 1, 2)],
         "subnets in 𝒜": [dict(stage=2, shares=s, layers=8) for s in (1, 2, 4, 6)],
     }
     for what, settings in sizes.items():
         print(f"\nVarying {what}:")
+        runs = {str(options): Contestant("grown", dtype=dtype, **options) for options in settings}
+        take_turns(runs, 4, 12)
         points = []
-        for options in settings:
-            run = Contestant("grown", dtype=dtype, **options)
-            take_turns({what: run}, 4, 12)
-            _, gmacs = run.ask("products")
+        for options, run in runs.items():
+            peak, (_, gmacs) = run.ask("peak"), run.ask("products")
             points.append((gmacs, np.median(run.ms)))
-            print(f"  {options}: {gmacs:6.1f} GMACs, {points[-1][1]:6.1f} ms, {run.end():.2f} GiB",
+            print(f"  {options}: {gmacs:6.1f} GMACs, {points[-1][1]:6.1f} ms, {peak:.2f} GiB",
                   flush=True)
+            run.end()
         slope, start = np.polyfit(*zip(*points), 1)
         if what in ("K", "layers", "tokens"):
             print(f"  fitted: {start:.1f} ms + {slope:.2f} ms a GMAC; correlation "

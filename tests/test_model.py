@@ -10,8 +10,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from conftest import batch, randomise_adapters, tiny_bert
-from model import Bert, ElasticLinear, attention, load_pretrained, save_pretrained
+from conftest import batch, random_phi, randomise_adapters, tiny_bert
+from model import (
+    Bert,
+    ElasticLinear,
+    LowRankLinear,
+    attention,
+    load_pretrained,
+    product,
+    save_pretrained,
+)
 from mlfs import configuration_space
 
 REFERENCE = Path(__file__).parent / "reference"
@@ -54,6 +62,64 @@ def test_both_attention_kernels_give_the_textbook_formula(dtype):
     expected = torch.einsum("bnts,bnsd->bntd", weights, v)
     got = attention(q.to(dtype), k.to(dtype), v.to(dtype), bias.to(dtype)).float()
     assert torch.allclose(got, expected, atol=1e-5 if dtype == torch.float32 else 3e-2)
+
+
+@pytest.mark.parametrize("adapters", [True, False])
+@pytest.mark.parametrize("trained", ["xWbAB", "xAB", "AB", "xWb", "Wb"])
+def test_the_gradient_by_hand_is_that_of_finite_differences(adapters, trained):
+    """∂y of y = x Wᵀ + b + (x A) B, whatever of it is trained, in float64."""
+    torch.manual_seed(0)
+    sizes = {"x": (2, 3, 4), "W": (5, 4), "b": (5,), "A": (4, 2), "B": (2, 5)}
+    inputs = [torch.randn(size).double() for size in sizes.values()]
+    if not adapters:
+        inputs[3:], trained = [None, None], trained.strip("AB")
+    for name, t in zip(sizes, inputs):
+        if name in trained:
+            t.requires_grad_()
+    if trained:
+        assert torch.autograd.gradcheck(LowRankLinear.apply, inputs)
+    x, W, b, A, B = inputs
+    expected = torch.einsum("bti,oi->bto", x, W) + b
+    if adapters:
+        expected = expected + torch.einsum("bti,ir,ro->bto", x, A, B)
+    assert torch.allclose(LowRankLinear.apply(*inputs), expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_product_is_the_same_of_any_slice_or_transpose(dtype):
+    """Slices of both dimensions, transposed or not, of x and of W: against float64."""
+    torch.manual_seed(0)
+    for layout in range(16):
+        x, W, b = torch.randn(20, 30), torch.randn(24, 30), torch.randn(24)
+        x = x.t().contiguous().t() if layout & 1 else x
+        W = W.t().contiguous().t() if layout & 2 else W
+        rows, columns = (10, 30) if layout & 4 else (20, 7)
+        outputs = 24 if layout & 8 else 11
+        x, W, b = (t.to(dtype) for t in (x[:rows, :columns], W[:outputs, :columns], b[:outputs]))
+        expected = torch.einsum("mi,oi->mo", x.double(), W.double())
+        tolerance = {"rtol": 0, "atol": 1e-4 if dtype == torch.float32 else 0.2}
+        assert torch.allclose(product(x, W).double(), expected, **tolerance)
+        assert torch.allclose(product(x, W, b).double(), expected + b.double(), **tolerance)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_what_the_last_layer_leaves_out_no_one_reads(tiny, seed):
+    """Without features only the first token's state is computed in it: the same states (B, H), the
+    same gradients, no h."""
+    randomise_adapters(tiny)
+    tiny.add_stage(2)
+    randomise_adapters(tiny, seed)
+    whole, gradients = [], []
+    for features in (True, False):
+        s, h = tiny.encode(**batch(seed), phi=random_phi(seed), features=features)
+        assert len(h) == features * len(random_phi(seed).layers)
+        s.square().sum().backward()
+        whole.append(s.detach())
+        gradients.append([p.grad for p in tiny.parameters() if p.grad is not None])
+        tiny.zero_grad()
+    assert torch.allclose(*whole, atol=1e-5)
+    for a, b in zip(*gradients, strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_a_new_stage_starts_exactly_where_the_last_one_ended(tiny):
@@ -226,6 +292,15 @@ def test_loading_copies_nothing_that_the_file_can_back(tmp_path):
     model = load_pretrained(tmp_path)
     assert own() - before < 20_000
     assert model.word_embeddings.weight[7, 3].isfinite()
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads Linux's /proc")
+def test_a_file_loaded_in_another_dtype_is_let_go(tmp_path):
+    """In bfloat16 nothing needs the float32 file any more, not even the head."""
+    save_pretrained(tiny_bert(), tmp_path)
+    model = load_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert model.pooler.weight.dtype == torch.float32
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
 
 
 def damaged(tmp_path, edit=None, config=None):
