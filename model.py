@@ -65,7 +65,7 @@ def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def product(x: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
-    """x Wᵀ + b, x (M, i) and W (o, i).
+    """x Wᵀ + b, x (..., i) and W (o, i).
 
     In float32 on a CPU with AVX-512 oneDNN is asked, not MKL, which on AMD's takes twice as long.
     It wants dense operands: the reference kernel that it has for others takes minutes.
@@ -144,6 +144,8 @@ class ElasticLinear(nn.Module):
         if len(self.A):                              # Σ_s A_s B_s = [A_0 A_1 A_2] [B_0; B_1; B_2]
             A = torch.cat([A[:i] for A in self.A], dim=1).to(x.dtype)
             B = torch.cat([B[:, :o] for B in self.B], dim=0).to(x.dtype)
+        elif not torch.is_grad_enabled():            # a plain product of one token needs no more
+            return product(x, self.weight[:o, :i], b)
         return LowRankLinear.apply(x, self.weight[:o, :i], b, A, B)
 
     @torch.no_grad()
