@@ -3,9 +3,9 @@
     pip install transformers==5.23.0 peft==0.21.2
     python tests/bench_train.py MINILM GLUE [bfloat16|float32]
 
-MINILM: folder of a BERT checkpoint; GLUE: the folder that holds SST-2/. Contestants take turns, step by step,
-each in a process of its own. Not a test: run it by hand on a quiet machine (5 minutes
-a dtype).
+MINILM: folder of a BERT checkpoint; GLUE: the folder that holds SST-2/. Contestants take turns,
+step by step, each in a process of its own. Not a test: run it by hand on a quiet machine (7 to 15
+minutes a dtype).
 """
 import itertools
 import json
@@ -204,8 +204,8 @@ def against_peft(where: dict, warm: int = 100, steps: int = 100) -> None:
     speed = {who: 1e3 * tokens / sum(run.ms) for who, run in runs.items()}
     peak = {who: run.end() for who, run in runs.items()}
     for who, run in runs.items():
-        print(f"  {who:5} {speed[who]:5.0f} tokens/s, median step {np.median(run.ms):5.1f} ms, peak "
-              f"{peak[who]:.2f} GiB; ours/this: speed {speed['ours'] / speed[who]:.2f} (of medians "
+        print(f"  {who:5} {speed[who]:5.0f} tokens/s, median step {np.median(run.ms):5.1f} ms, "
+              f"peak {peak[who]:.2f} GiB; ours/this: speed {speed['ours'] / speed[who]:.2f} (of medians "
               f"{np.median(run.ms) / np.median(runs['ours'].ms):.2f}), memory "
               f"{peak['ours'] / peak[who]:.2f}", flush=True)
 
@@ -226,7 +226,7 @@ def product_shares(dtype: str, steps: int = 12, rounds: int = 4) -> None:
         print(f"  stage {stage}: {ms:.1f} ms; its products alone {alone:.1f} ms, "
               f"{alone / ms:.2f} of it; {gmacs:.1f} GMACs", flush=True)
         run.end()
-    print(f"  a GMAC of stage 2 (K = 4) takes {cost[2] / cost[0]:.2f} of the time of one of stage 0")
+    print(f"  a GMAC of stage 2 (K = 4) takes {cost[2] / cost[0]:.2f} of one of stage 0")
 
 
 def growth(dtype: str) -> None:
@@ -259,10 +259,10 @@ def start_up(minilm: str, glue: str, dtype: str) -> None:
     """From the command to the end of the first optimiser step, all of SST-2 tokenised."""
     with tempfile.TemporaryDirectory() as folder:
         start, log = time.perf_counter(), Path(folder) / "run" / "log.jsonl"
-        process = subprocess.Popen([sys.executable, ROOT / "mlfs.py", "--task", "sst2", "--model",
-                                    minilm, "--data-dir", glue, "--out", log.parent, "--dtype", dtype,
-                                    "--epochs", "1,0,0", "--train-examples", "64"],
-                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        command = [sys.executable, ROOT / "mlfs.py", "--task", "sst2", "--model", minilm,
+                   "--data-dir", glue, "--dtype", dtype, "--out", log.parent, "--epochs", "1,0,0",
+                   "--train-examples", "64"]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while process.poll() is None and not (log.exists() and '"step": 1,' in log.read_text()):
             time.sleep(0.02)
         print(f"\nStart-up to the first optimiser step: {time.perf_counter() - start:.1f} s")
