@@ -205,8 +205,8 @@ def against_peft(where: dict, warm: int = 100, steps: int = 100) -> None:
     peak = {who: run.end() for who, run in runs.items()}
     for who, run in runs.items():
         print(f"  {who:5} {speed[who]:5.0f} tokens/s, median step {np.median(run.ms):5.1f} ms, "
-              f"peak {peak[who]:.2f} GiB; ours/this: speed {speed['ours'] / speed[who]:.2f} (of medians "
-              f"{np.median(run.ms) / np.median(runs['ours'].ms):.2f}), memory "
+              f"peak {peak[who]:.2f} GiB; ours/this: speed {speed['ours'] / speed[who]:.2f} (of "
+              f"medians {np.median(run.ms) / np.median(runs['ours'].ms):.2f}), memory "
               f"{peak['ours'] / peak[who]:.2f}", flush=True)
 
 
