@@ -538,7 +538,7 @@ class Bert(SuperTransformer):
         bias = None if mask is None else hide(mask == 0, x.dtype)[:, None, None]     # (B, 1, 1, T)
         h = {}
         for l in phi.layers:                                         # g_j(1), g_j(2), ...
-            x = self.run(l, x, bias, phi, None if features or l < phi.layers[-1] else 1)
+            x = self.run(l, x, bias, phi, None if features or l != phi.layers[-1] else 1)
             if features:
                 h[l] = x
         return x[:, 0], h
