@@ -405,7 +405,7 @@ def mlfs(model: SuperTransformer, examples: data.Examples, space: list[SubnetCon
                 s, h = model.encode(**x, phi=phi, features=stage > 0)      # Π_Φ(W_Sup)    # 5,8,10
                 if phi == maxnet:                            # α = 0; z_1, h_1 are constants
                     loss = of_labels * output_loss(model, s, None, y, hp)                      # 11
-                    s_1, h_1 = s.detach(), {l: h[l].detach() for l in U if l in h}
+                    s_1, h_1 = s.detach(), {l: h[l].detach() for l in U if l in h}  # stage 0: no h
                 else:                                        # (1-α) ℓ_task + α (ℓ_KD + ℓ_FD)
                     fd = of_tokens * fd_loss(h, h_1, U, hp.beta, x["mask"], hp.fd_sum)
                     loss = of_labels * output_loss(model, s, s_1, y, hp) + hp.alpha * fd       # 12
