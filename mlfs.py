@@ -139,13 +139,15 @@ TASK_SETTINGS = {                                # App. A, where it departs from
 def depth_order(layers: tuple[int, ...]) -> tuple[int, ...]:
     """Layers in the order in which growing subnets take them.
 
-    Every other one counted from the last, then the same among the rest: any prefix is evenly
-    spread, holds the last layer, and contains every shorter prefix.
+    The last, the first, then each time the middle of the widest gap: any prefix is spread over the
+    whole depth and contains every shorter one. Without the first layer a slice falls apart (README).
     """
-    if len(layers) <= 1:
-        return layers
-    kept = layers[::-1][::2][::-1]
-    return depth_order(kept) + depth_order(tuple(l for l in layers if l not in kept))
+    order = list(dict.fromkeys((layers[-1], layers[0])))
+    while len(order) < len(layers):
+        kept = sorted(order)
+        before, after = max(zip(kept, kept[1:]), key=lambda gap: gap[1] - gap[0])
+        order.append((before + after + 1) // 2)
+    return tuple(order)
 
 
 def outside_in(layers: tuple[int, ...]) -> tuple[int, ...]:

@@ -54,7 +54,7 @@ def test_the_space_starts_with_the_maxnet_and_ends_with_the_minnet(tiny):
         space[-1].num_attention_heads,
         space[-1].intermediate_size,
         space[-1].layers,
-    ) == (8, 2, 12, (1, 3))
+    ) == (8, 2, 12, (0, 3))
     assert [phi.name for phi in configuration_space(tiny.maxnet)] == [
         f"w{w}-d{d}" for w in ("1", "0.75", "0.5") for d in (4, 3, 2)
     ]

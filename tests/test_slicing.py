@@ -122,15 +122,16 @@ def test_extract_copies_the_very_numbers_of_the_slice():
     assert model.layers[1].query.weight.abs().min() > 0
 
 
-def test_depths_are_nested_and_evenly_spread_and_keep_the_last_layer():
-    """Every Φ contains the minnet's layers: ℓ_FD compares there. Of 12 layers (1-based), depth 9
-    keeps {2,3,4,6,7,8,10,11,12} and depth 6 the even ones."""
+def test_depths_are_nested_and_spread_and_keep_both_ends():
+    """Every Φ contains the minnet's layers: ℓ_FD compares there. Of 12 layers (0 to 11), depth 4 keeps
+    {0, 3, 6, 11}; no subnet of two layers or more lacks the first or the last, or 4 in a row."""
     model = tiny_bert(num_hidden_layers=12)
     space = configuration_space(model.maxnet, widths=[1], depths=[d / 12 for d in range(1, 13)])
-    layers = {len(phi.layers): {l + 1 for l in phi.layers} for phi in space}
-    assert layers[9] == {2, 3, 4, 6, 7, 8, 10, 11, 12}
-    assert layers[6] == {2, 4, 6, 8, 10, 12}
-    assert all(layers[d] < layers[d + 1] and 12 in layers[d] for d in range(1, 12))
+    layers = {len(phi.layers): phi.layers for phi in space}
+    assert layers[1] == (11,) and layers[4] == (0, 3, 6, 11)
+    assert all(set(layers[d]) < set(layers[d + 1]) for d in range(1, 12))
+    assert all(layers[d][0] == 0 and layers[d][-1] == 11 for d in range(2, 13))
+    assert all(b - a <= 3 for d in range(5, 13) for a, b in zip(layers[d], layers[d][1:]))
 
 
 def test_the_permutation_keeps_the_maxnet_and_changes_the_slices():
