@@ -1,0 +1,381 @@
+"""The runs behind the README's Results, and its tables and pictures, made from their raw files.
+
+    python tests/evidence.py split             # a held-out part of SST-2's TRAIN: weights/held-out
+    python tests/evidence.py run [NAME ...]    # all, or those whose name holds one of these
+    python tests/evidence.py tables            # README.md's tables, .github/*.png (matplotlib)
+
+Needs weights/minilm-l6, weights/smollm2-135m, and GLUE in weights/glue. A run that stands in
+.github/results is not repeated, one that was interrupted goes on. Two of these may run at once.
+"""
+import dataclasses
+import itertools
+import json
+import math
+import os
+import random
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Callable
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+import data  # noqa: E402
+import evaluate  # noqa: E402
+import mlfs  # noqa: E402
+from model import SubnetConfig, SuperTransformer  # noqa: E402
+
+RESULTS = ROOT / ".github" / "results"
+
+
+# ---------------------------------------------------------------------------------------- the runs
+
+def split(glue: Path, target: Path, sentences: int = 2000) -> None:
+    """A copy of SST-2 whose dev.tsv is a part of train.tsv: whole sentences, as dev's are.
+
+    TRAIN's rows are phrases of 6,224 sentences (of 8 words or more); of those, so many are drawn,
+    and every phrase that one of them holds is left out of the new train.tsv.
+    """
+    head, *rows = (glue / "SST-2" / "train.tsv").read_text(encoding="utf-8").splitlines()
+    phrases = [row.split("\t")[0].strip() for row in rows]
+    longer = sorted({p for p in phrases if len(p.split()) >= 8})
+    everything = "\n".join(longer)
+    whole = [p for p in longer if everything.count(p) == 1]              # in no other phrase
+    held_out = set(random.Random(0).sample(whole, sentences))
+    text = "\n".join(sorted(held_out))
+    parts = {"train": [row for row, p in zip(rows, phrases) if p not in text],
+             "dev": [row for row, p in zip(rows, phrases) if p in held_out]}
+    (target / "SST-2").mkdir(parents=True, exist_ok=True)
+    for name, part in parts.items():
+        (target / "SST-2" / f"{name}.tsv").write_text("\n".join([head, *part]) + "\n", "utf-8")
+        print(f"{target}/SST-2/{name}.tsv: {len(part):,} rows")
+
+
+SST2 = "--task sst2 --model weights/minilm-l6 --data-dir weights/"
+GLUE = "--model weights/minilm-l6 --data-dir weights/glue"
+# group: (options of all its runs, seeds, {variant: its own options})
+GROUPS = {
+    "sst2": (SST2 + "glue", 3, {"mlfs": ""}),
+    "mrpc": (f"--task mrpc {GLUE}", 3, {"mlfs": ""}),
+    "rte": (f"--task rte {GLUE}", 3, {"mlfs": ""}),
+    "cola": (f"--task cola {GLUE}", 3, {"mlfs": ""}),
+    "third": (SST2 + "held-out --train-examples 22450 --epochs 1,1,1", 2, {
+        "mlfs": "",
+        "alone": "--learning-rate 1e-4", "alone-3e-4": "--learning-rate 3e-4", "alone-low-rank": "",
+        "supernet": "--adapters full --gamma 0 --learning-rate 1e-4",
+        "supernet-3e-4": "--adapters full --gamma 0 --learning-rate 3e-4",
+        "gamma-0": "--gamma 0", "gamma-2": "--gamma 2",
+        "rank-2": "--rank 2", "rank-4": "--rank 4", "rank-16": "--rank 16", "rank-32": "--rank 32",
+        "no-reorder": "--no-reorder", "forward-kl": "--kl forward",
+        "no-fd": "--beta 0", "fd-10": "--beta 1", "fd-sum": "--fd-sum", "no-kd": "--alpha 0",
+        "learn-u": "--learn-u", "learn-u-naively": "--learn-u",
+        "stage-2-alone": "--epochs 1,0,2", "k-2": "--num-subnets 2", "k-8": "--num-subnets 8",
+        "rate-3e-3": "--learning-rate 3e-3",
+        "tuned": "--rank 16 --learning-rate 3e-3"}),
+    "hidden": (SST2 + "held-out --train-examples 22450 --epochs 1,1,1 --widths 1 --depths 1 "
+               "--hidden 1,0.75,0.5", 2, {"mlfs": ""}),
+    "python": ("--task python --model weights/smollm2-135m --widths 1,2/3 --depths 1,2/3 "
+               "--max-length 256 --batch-size 4 --train-examples 240 --dev-examples 24 "
+               "--validate-every 20", 2, {"mlfs": "", "alpha-0": "--alpha 0"}),
+}
+AGAINST = {"mlfs": "MLFS", "supernet": "full-parameter supernet", "alone": "each alone, in full",
+           "alone-low-rank": "each alone, low-rank"}
+VARIANTS = {
+    "gamma": {"mlfs": "γ = 1", "gamma-0": "γ = 0", "gamma-2": "γ = 2"},
+    "rank": {"mlfs": "r = 8", "rank-2": "r = 2", "rank-4": "r = 4", "rank-16": "r = 16",
+             "rank-32": "r = 32"},
+    "decisions": {
+        "mlfs": "the defaults", "no-reorder": "heads and neurons in the checkpoint's order",
+        "forward-kl": "KL[teacher, student]", "no-fd": "no ℓ_FD (β = 0)",
+        "fd-10": "ten times ℓ_FD (β = 1)", "fd-sum": "ℓ_FD summed over d_low, as printed",
+        "no-kd": "no distillation at all (α = 0)", "learn-u": "U learned, rows kept orthonormal",
+        "learn-u-naively": "U learned freely", "stage-2-alone": "no stage 1, stage 2 twice as long",
+        "k-2": "K = 2", "k-8": "K = 8", "rate-3e-3": "learning rate 3e-3"},
+}
+CURVES = [f"third/{variant}-seed0" for variant in ("gamma-0", "mlfs", "gamma-2")]           # Fig. 2
+
+
+def commands() -> dict[str, list[str]]:
+    """Every run's name and command line."""
+    return {f"{group}/{variant}-seed{seed}":
+            [*options.split(), *own.split(), "--seed", str(seed),
+             "--out", f"runs/evidence/{group}/{variant}-seed{seed}"]
+            for group, (options, seeds, variants) in GROUPS.items()
+            for variant, own in variants.items() for seed in range(seeds)}
+
+
+def alone(argv: list[str], full: bool) -> None:
+    """What one would do without MLFS: cut each subnet from the reordered teacher, fine-tune it by
+    itself, all of it (full) or adapters and head, with the task's loss and KD from the teacher.
+
+    Together they get as many forward-backward passes as stages 1 and 2 of MLFS. The teacher is
+    that of MLFS; --learning-rate is the students'.
+    """
+    run, _ = mlfs.prepare(*mlfs.parse_arguments(argv))
+    hp, device, start = run.hp, run.settings["device"], time.monotonic()
+    per_epoch = math.ceil(len(run.train.ids) / hp.batch_size)
+    passes = sum(hp.epochs[stage] * per_epoch
+                 * len(mlfs.sample_sub_transformers(run.space, stage, hp.num_subnets, (0,)))
+                 for stage in (1, 2))
+    steps = passes // (len(run.space) - 1)
+    rate = mlfs.HyperParameters(**mlfs.TASK_SETTINGS[run.settings["task"]]).learning_rate
+    stage_0 = dataclasses.replace(hp, epochs=(hp.epochs[0], 0, 0), learning_rate=rate)
+    for _ in mlfs.mlfs(run.model, run.train, run.space, stage_0):
+        pass
+    teacher, rows, trained = run.model.extract(run.space[0]), [], 0
+    if full:
+        teacher, run.settings["dtype"] = teacher.float(), "float32"
+    own = dataclasses.replace(hp, epochs=(0, -(-steps // per_epoch), 0))
+    for phi, row in zip(run.space, run.settings["space"]):
+        student = teacher.extract(phi)
+        if phi != run.space[0]:
+            student.add_stage(None if full else hp.rank, hp.seed)
+            parameters, optimizer = mlfs.make_optimizer(student, {}, {})
+            trained += sum(p.numel() for p in parameters)
+            batches = mlfs.stage_batches(run.train, own, 1, 0, device)
+            for step, (x, y) in enumerate(itertools.islice(batches, steps), 1):
+                with torch.no_grad():
+                    z_1 = teacher.logits(teacher.encode(**x, phi=run.space[0], features=False)[0])
+                z = student.logits(student.encode(**x, phi=student.maxnet, features=False)[0])
+                kd = mlfs.kd_loss(z, z_1, hp.temperature, hp.kl, hp.kd_t2)
+                ((1 - hp.alpha) * mlfs.task_loss(z, y) + hp.alpha * kd).backward()
+                torch.nn.utils.clip_grad_norm_(parameters, hp.clip or math.inf)
+                optimizer.param_groups[0]["lr"] = mlfs.learning_rate(hp, step, steps)
+                optimizer.step()
+                optimizer.zero_grad()
+        rows.append(row | evaluate.evaluate(student, student.maxnet, run.task, run.splits))
+        print(phi.name, rows[-1]["score"], flush=True)
+    stored = sum(row["parameters"] for row in rows[1:]) * next(teacher.parameters()).itemsize
+    run.settings |= {"steps": steps, "trained": trained, "stored": stored,
+                     "seconds": [time.monotonic() - start],
+                     "peak_memory": evaluate.peak_memory(device)}
+    evaluate.write_palette(run.folder, run.settings, run.task, rows, {})
+    evaluate.write_json(run.folder / "run.json", run.settings)
+
+
+def keep(name: str) -> None:
+    """Copies what a run measured to .github/results, without the folders' places on the machine."""
+    folder, target = ROOT / "runs" / "evidence" / name, RESULTS / name
+    run = json.loads((folder / "run.json").read_text("utf-8"))
+    for part in ("base", "data"):
+        run[part]["folder"] = Path(run[part]["folder"]).name
+    if (folder / "adapters.safetensors").exists():
+        tensors, _ = evaluate.read_tensors(folder / "adapters.safetensors")
+        run["trained"] = sum(t.numel() for t in tensors.values() if t.is_floating_point())
+        run["stored"] = (folder / "adapters.safetensors").stat().st_size
+    target.mkdir(parents=True, exist_ok=True)
+    (target / "run.json").write_text(json.dumps(run, indent=1) + "\n", "utf-8")
+    shutil.copy(folder / "palette.json", target / "palette.json")
+    if name in CURVES:
+        shutil.copy(folder / "log.jsonl", target / "log.jsonl")
+
+
+FREE_U = "import sys, mlfs; mlfs.orthonormalise = lambda U: None; sys.exit(mlfs.main())"
+
+
+def run(wanted: list[str]) -> int:
+    """The runs that are not there yet, in their order."""
+    os.chdir(ROOT)
+    for name, argv in commands().items():
+        if (RESULTS / name).exists() or not any(part in name for part in wanted or [""]):
+            continue
+        print(f"\n{name}: python mlfs.py {' '.join(argv)}", flush=True)
+        if "/alone" in name:
+            alone([*argv, "--overwrite"], "low-rank" not in name)
+        else:
+            goes_on = ["--resume"] if Path("runs/evidence", name).exists() else []
+            program = ["-c", FREE_U] if "naively" in name else ["mlfs.py"]
+            done = subprocess.run([sys.executable, *program, *argv, *goes_on])
+            if done.returncode:
+                return done.returncode
+        keep(name)
+    return 0
+
+
+# -------------------------------------------------------------------------------------- the tables
+
+Seeds = list[tuple[dict, dict[str, dict]]]                   # a seed: run.json, rows by subnet
+
+
+def load(group: str) -> dict[str, Seeds]:
+    """What .github/results has of a group, by variant."""
+    runs: dict[str, Seeds] = {}
+    for variant in GROUPS[group][2]:
+        for folder in sorted((RESULTS / group).glob(f"{variant}-seed*")):
+            rows = evaluate.read_palette(folder)["subnets"]
+            run = json.loads((folder / "run.json").read_text("utf-8"))
+            runs.setdefault(variant, []).append((run, {row["name"]: row for row in rows}))
+    return runs
+
+
+def caption(group: str, runs: Seeds) -> str:
+    """What was measured on what, how often, by which command."""
+    run = runs[0][0]
+    metric, rows = data.TASKS[run["task"]].metrics[0], run["data"]["dev"]
+    where = "held-out TRAIN sentences" if run["data"]["folder"] == "held-out" else "dev examples"
+    return (f"{run['task']}, {metric} on {rows:,} {where}, last checkpoint, {len(runs)} seed"
+            + ("s, mean ± standard error over seeds" if len(runs) > 1 else "")
+            + f": `python mlfs.py {GROUPS[group][0]}`")
+
+
+def mean(values: list[float], metric: str = "accuracy") -> str:
+    """Mean ± standard error over seeds."""
+    text = evaluate.show(metric, statistics.fmean(values))
+    if len(values) > 1:
+        error = statistics.stdev(values) / math.sqrt(len(values))
+        text += f" ± {evaluate.show(metric, error)}"
+    return text
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    rule = [":---", *["---:"] * (len(header) - 1)]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *rows))
+
+
+def stages(group: str) -> str:
+    """Figs. 1 and 8: every subnet's score at the four moments."""
+    runs = load(group)["mlfs"]
+    metric, first = data.TASKS[runs[0][0]["task"]].metrics[0], runs[0][1]
+    moments = list(next(iter(first.values()))["history"])
+    body = [[name, f"{row['parameters'] / 1e6:.2f}M", f"{row['encoder_parameters'] / 1e6:.2f}M",
+             *(mean([rows[name]["history"][moment] for _, rows in runs], metric)
+               for moment in moments)] for name, row in first.items()]
+    return (caption(group, runs) + "\n\n"
+            + markdown(["subnet", "parameters", "encoder", *moments], body))
+
+
+def variants(names: dict[str, str]) -> str:
+    """A row a variant: the palette's corners, the mean over it, its gain over the first row's."""
+    runs, corners = load("third"), ["w1-d6", "w1-d3", "w0.5-d6", "w0.5-d3"]
+    whole = {variant: {run["hyper_parameters"]["seed"]:
+                       statistics.fmean(row["score"] for row in rows.values())
+                       for run, rows in runs.get(variant, [])} for variant in names}
+    base, body = whole[next(iter(names))], []
+    for variant, text in names.items():
+        if scores := whole[variant]:
+            gains = [score - base[seed] for seed, score in scores.items() if seed in base]
+            body.append([text, str(len(scores)),
+                         *(mean([rows[name]["score"] for _, rows in runs[variant]])
+                           for name in corners),
+                         mean(list(scores.values())), mean(gains) if any(gains) else "",
+                         f"{sum(runs[variant][0][0]['seconds']) / 60:.0f}"])
+    return (caption("third", runs["mlfs"]) + "\n\n"
+            + markdown(["", "seeds", *corners, "mean of all 9", "gain", "minutes"],
+                       body))
+
+
+def against() -> str:
+    """Scores of every subnet side by side, then what they cost."""
+    runs = load("third")
+    there = {variant: text for variant, text in AGAINST.items() if variant in runs}
+    body = [[name, f"{row['parameters'] / 1e6:.2f}M",
+             *(mean([rows[name]["score"] for _, rows in runs[variant]]) for variant in there)]
+            for name, row in runs["mlfs"][0][1].items()]
+    for what, value in {"numbers trained": lambda run: f"{run['trained'] / 1e6:.2f}M",
+                        "stored for the task": lambda run: f"{run['stored'] / 1e6:.1f} MB",
+                        "minutes": lambda run: f"{sum(run['seconds']) / 60:.0f}",
+                        "peak memory": lambda run: f"{run['peak_memory'] / 2**30:.1f} GiB"}.items():
+        body.append([what, "", *(value(runs[variant][0][0]) for variant in there)])
+    return (caption("third", runs["mlfs"]) + "\n\n"
+            + markdown(["subnet", "parameters", *there.values()], body))
+
+
+def estimates() -> str:
+    """Hours for the paper's models, from the multiplications of the layers' linear maps: forward,
+    and as many backward (frozen matrices need no gradient), at the speed of two cores and a GPU.
+
+    Tokens a row of MNLI, QQP and QNLI are guesses, the other tasks' are counted, padding included.
+    A GPU needs some time to start an iteration's kernels, however small: 40 ms, a guess.
+    """
+    cores, gpu = 175e9, 30e12        # multiply-adds/s: bench_train.py's; 60 TFLOP/s, a guess
+    bert = mlfs.configuration_space(SubnetConfig(768, 12, 3072, tuple(range(12)), "w1-d12"))
+    glue = {"sst2": (67349, 14), "cola": (8551, 12), "mrpc": (3668, 54), "rte": (2490, 68),
+            "qnli": (104743, 50), "qqp": (363846, 30), "mnli": (392702, 40)}
+    jobs = [(f"BERT-base, {task}", bert, 64, 12, 2, rows, tokens,
+             mlfs.HyperParameters(**mlfs.TASK_SETTINGS.get(task, {})), 2)
+            for task, (rows, tokens) in glue.items()]
+    for name, keys, ffn, epochs in ("SantaCoder", 1, 2, (1, 1, 1)), ("CodeLlama", 32, 3, (1, 0, 1)):
+        hp = mlfs.HyperParameters(**mlfs.TASK_SETTINGS["python"] | {"epochs": epochs})
+        jobs.append((f"{name}, 100,000 windows of 512", mlfs.SUBNETS[name.lower()], 128, keys, ffn,
+                     100_000, 512, hp, 3))                           # 3: --checkpointing
+    body = []
+    for what, space, head_dim, keys, ffn, rows, tokens, hp, passes in jobs:
+        def macs(phi: SubnetConfig) -> float:
+            heads = phi.num_attention_heads
+            attention = 2 * head_dim * (heads + min(keys, heads))
+            return len(phi.layers) * phi.hidden_size * (attention + ffn * phi.intermediate_size)
+
+        total = 0.0
+        for stage in range(3):
+            draws = [mlfs.sample_sub_transformers(space, stage, 4, (0, i)) for i in range(200)]
+            each = statistics.fmean(sum(map(macs, subnets)) for subnets in draws)
+            total += hp.epochs[stage] * rows * tokens * passes * each
+        on_gpu = max(total / gpu, 0.04 * sum(hp.epochs) * rows / hp.batch_size)
+        body.append([what, ",".join(map(str, hp.epochs)), f"{total / 1e15:,.1f}",
+                     f"{total / cores / 3600:,.1f}", f"{on_gpu / 3600:,.1f}"])
+    return markdown(["", "epochs", "10^15 MACs", "hours, two cores", "hours, GPU"], body)
+
+
+def tables() -> dict[str, str]:
+    """What stands between <!-- evidence: NAME --> and <!-- end --> in the README."""
+    groups = [group for group in GROUPS if group != "third" and load(group)]
+    return ({group: stages(group) for group in groups} | {"against": against()}
+            | {name: variants(names) for name, names in VARIANTS.items()}
+            | {"estimates": estimates()})
+
+
+def average(runs: list, score: Callable[[dict], float]) -> tuple[list[float], list[float]]:
+    """Sizes in millions and mean scores in points, of every subnet."""
+    names = runs[0][1]
+    return ([row["parameters"] / 1e6 for row in names.values()],
+            [100 * statistics.fmean(score(rows[name]) for _, rows in runs) for name in names])
+
+
+def pictures() -> None:
+    """.github/results.png: score against parameters, at each moment, and of the baselines."""
+    with evaluate.picture(ROOT / ".github" / "results.png", 2) as (_, axes):
+        main, third = load("sst2")["mlfs"], load("third")
+        marks = {"sliced teacher": "x", "reordered": "+", "stage 1": "^", "stage 2": "o"}
+        for moment, mark in marks.items():
+            axes[0].plot(*average(main, lambda row: row["history"][moment]), mark, label=moment)
+        axes[0].set_title(f"SST-2 dev, seeds: {len(main)}", fontsize=9)
+        for mark, (variant, text) in zip("os^v", AGAINST.items()):
+            if variant in third:
+                axes[1].plot(*average(third[variant], lambda row: row["score"]), mark, label=text)
+        axes[1].set_title("SST-2, a third of TRAIN, held-out sentences", fontsize=9)
+        for axis, runs in zip(axes, (main, third["mlfs"])):
+            teacher = average(runs, lambda row: row["history"]["sliced teacher"])[1][0]
+            axis.axhline(teacher, color="black", linestyle=":", label="teacher")
+            axis.set_xlabel("parameters, millions")
+            axis.grid(alpha=0.3)
+            axis.legend(fontsize=7)
+        axes[0].set_ylabel("accuracy, points")
+
+
+def rewrite() -> None:
+    """Puts the tables into README.md and draws the pictures."""
+    readme = ROOT / "README.md"
+    text = readme.read_text("utf-8")
+    for name, table in tables().items():
+        text = re.sub(rf"(<!-- evidence: {name} -->\n).*?(<!-- end -->)",
+                      lambda found: f"{found[1]}\n{table}\n\n{found[2]}", text, flags=re.S)
+    readme.write_text(text, "utf-8")
+    pictures()
+
+
+if __name__ == "__main__":
+    what, *names = sys.argv[1:] or [""]
+    if what == "split":
+        split(ROOT / "weights" / "glue", ROOT / "weights" / "held-out")
+    elif what == "run":
+        sys.exit(run(names))
+    elif what == "tables":
+        rewrite()
+    else:
+        sys.exit(__doc__)

@@ -1,0 +1,85 @@
+"""The script behind the README's Results: what it holds out, what it counts, what it writes."""
+
+import json
+import random
+import shutil
+
+from conftest import RUN_OPTIONS, load_small_toy
+
+import data
+import evaluate
+import evidence
+
+
+def test_no_phrase_of_a_held_out_sentence_is_trained_on(tmp_path, capsys):
+    """SST-2's rows are phrases of each other: a split by rows would leak the labels."""
+    rng, rows = random.Random(0), []
+    words = [f"w{i}" for i in range(400)]
+    for i in range(40):
+        sentence = rng.sample(words, 12)
+        rows += [f"{' '.join(sentence[:n])} \t{i % 2}" for n in (12, 9, 3)]
+    (tmp_path / "SST-2").mkdir()
+    (tmp_path / "SST-2" / "train.tsv").write_text("\n".join(["sentence\tlabel", *rows]) + "\n")
+    evidence.split(tmp_path, tmp_path / "held-out", 10)
+    parts = {}
+    for name in ("train", "dev"):
+        head, *lines = (tmp_path / "held-out" / "SST-2" / f"{name}.tsv").read_text().splitlines()
+        assert head == "sentence\tlabel" and set(lines) <= set(rows)
+        parts[name] = [line.split("\t")[0].strip() for line in lines]
+    assert len(parts["dev"]) == 10 and all(len(text.split()) == 12 for text in parts["dev"])
+    assert len(parts["train"]) == 90
+    assert not any(phrase in text for phrase in parts["train"] for text in parts["dev"])
+
+
+def test_the_baseline_has_the_same_teacher_and_as_many_passes(run, tmp_path, monkeypatch):
+    """Every subnet alone: together they get the passes of stages 1 and 2, and train all of W."""
+    monkeypatch.setattr(data, "load_toy", load_small_toy)
+    folder = tmp_path / "alone"
+    evidence.alone(["--out", str(folder), *RUN_OPTIONS], full=True)
+    settings = json.loads((folder / "run.json").read_text())
+    rows, mlfs_rows = (evaluate.read_palette(f)["subnets"] for f in (folder, run))
+    assert [row["name"] for row in rows] == [row["name"] for row in mlfs_rows]
+    assert rows[0]["score"] == mlfs_rows[0]["history"]["reordered"]
+    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    last = {entry["stage"]: entry for entry in log if "loss" in entry}
+    passes = sum(last[stage]["step"] * len(last[stage]["loss"]) for stage in (1, 2))
+    assert settings["steps"] == passes // (len(rows) - 1)
+    assert settings["trained"] == sum(row["parameters"] for row in rows[1:])
+    assert settings["stored"] == 4 * settings["trained"]
+
+
+def test_results_keep_the_palette_and_no_folder_of_the_machine(run, tmp_path, monkeypatch):
+    """What is kept is the run's own palette; run.json says where nothing lies."""
+    monkeypatch.setattr(evidence, "ROOT", tmp_path)
+    monkeypatch.setattr(evidence, "RESULTS", tmp_path / "results")
+    shutil.copytree(run, tmp_path / "runs" / "evidence" / "third" / "mlfs-seed0")
+    evidence.keep("third/mlfs-seed0")
+    kept = evidence.load("third")["mlfs"]
+    assert len(kept) == 1 and list(kept[0][1].values()) == evaluate.read_palette(run)["subnets"]
+    tensors, _ = evaluate.read_tensors(run / "adapters.safetensors")
+    assert kept[0][0]["trained"] == sum(
+        t.numel() for name, t in tensors.items() if not name.startswith("order.")
+    )
+    assert [kept[0][0][part]["folder"] for part in ("base", "data")] == ["toy", "glue"]
+
+
+def test_tables_show_means_standard_errors_and_gains_seed_by_seed(tmp_path, monkeypatch):
+    """Two seeds, 80 and 82: 81.0 ± 1.0; a variant one point above each: 1.0 ± 0.0."""
+    monkeypatch.setattr(evidence, "RESULTS", tmp_path)
+    names = [f"w{w}-d{d}" for w in (1, 0.75, 0.5) for d in (6, 4, 3)]
+    for variant, more in (("mlfs", 0), ("gamma-0", 0.01)):
+        for seed, score in enumerate((0.80, 0.82)):
+            folder = tmp_path / "third" / f"{variant}-seed{seed}"
+            folder.mkdir(parents=True)
+            rows = [{"name": name, "score": score + more} for name in names]
+            content = {"task": "sst2", "metric": "accuracy", "subnets": rows}
+            evaluate.write_json(
+                folder / "palette.json", content | {"sha256": evaluate.text_digest(content)}
+            )
+            run = {"task": "sst2", "data": {"dev": 2000, "folder": "held-out"}, "seconds": [60.0]}
+            evaluate.write_json(folder / "run.json", run | {"hyper_parameters": {"seed": seed}})
+    table = evidence.variants({"mlfs": "ours", "gamma-0": "theirs"})
+    assert "2,000 held-out TRAIN sentences" in table and "2 seeds" in table
+    ours, theirs = table.splitlines()[-2:]
+    assert ours == "| ours | 2 |" + " 81.0 ± 1.0 |" * 5 + "  | 1 |"
+    assert theirs == "| theirs | 2 |" + " 82.0 ± 1.0 |" * 5 + " 1.0 ± 0.0 | 1 |"
