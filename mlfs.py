@@ -140,7 +140,7 @@ def depth_order(layers: tuple[int, ...]) -> tuple[int, ...]:
     """Layers in the order in which growing subnets take them.
 
     The last, the first, then each time the middle of the widest gap: any prefix is spread over the
-    whole depth and contains every shorter one. Without the first layer a slice falls apart (README).
+    whole depth and contains every shorter one. Without either end slices are worse (README).
     """
     order = list(dict.fromkeys((layers[-1], layers[0])))
     while len(order) < len(layers):

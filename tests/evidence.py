@@ -2,6 +2,7 @@
 
     python tests/evidence.py split             # a held-out part of SST-2's TRAIN: weights/held-out
     python tests/evidence.py run [NAME ...]    # all, or those whose name holds one of these
+    python tests/evidence.py gradients         # how strongly each loss pulls
     python tests/evidence.py tables            # README.md's tables, .github/*.png (matplotlib)
 
 Needs weights/minilm-l6, weights/smollm2-135m, and GLUE in weights/glue. A run that stands in
@@ -22,6 +23,7 @@ import time
 from pathlib import Path
 from typing import Callable
 
+import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -76,27 +78,37 @@ GROUPS = {
         "no-fd": "--beta 0", "fd-10": "--beta 1", "fd-sum": "--fd-sum", "no-kd": "--alpha 0",
         "learn-u": "--learn-u", "learn-u-naively": "--learn-u",
         "stage-2-alone": "--epochs 1,0,2", "k-2": "--num-subnets 2", "k-8": "--num-subnets 8",
-        "rate-3e-3": "--learning-rate 3e-3",
-        "tuned": "--rank 16 --learning-rate 3e-3"}),
+        "rate-3e-3": "--learning-rate 3e-3", "tuned": "--rank 16 --learning-rate 3e-3"}),
+    # Those of the revision before encoders kept their first layer (5621237): not to be run again.
+    "earlier": (SST2 + "held-out --train-examples 22450 --epochs 1,1,1", 0, {
+        "mlfs": "", "no-fd": "--beta 0", "forward-kl": "--kl forward", "rank-32": "--rank 32",
+        "rate-3e-3": "--learning-rate 3e-3", "stage-2-alone": "--epochs 1,0,2"}),
+    "teacher": (SST2 + "held-out --train-examples 22450 --epochs 3,0,0 --widths 1 --depths 1", 1, {
+        "mlfs": "", "rate-2e-3": "--learning-rate 2e-3", "rate-4e-3": "--learning-rate 4e-3",
+        "unclipped": "--clip 0", "rank-32": "--rank 32",
+        "rank-32-rate-5e-4": "--rank 32 --learning-rate 5e-4",
+        "rank-32-rate-3e-3": "--rank 32 --learning-rate 3e-3",
+        "full-rate-1e-4": "--adapters full --learning-rate 1e-4"}),
     "hidden": (SST2 + "held-out --train-examples 22450 --epochs 1,1,1 --widths 1 --depths 1 "
                "--hidden 1,0.75,0.5", 2, {"mlfs": ""}),
     "python": ("--task python --model weights/smollm2-135m --widths 1,2/3 --depths 1,2/3 "
                "--max-length 256 --batch-size 4 --train-examples 240 --dev-examples 24 "
                "--validate-every 20", 2, {"mlfs": "", "alpha-0": "--alpha 0"}),
 }
-AGAINST = {"mlfs": "MLFS", "supernet": "full-parameter supernet", "alone": "each alone, in full",
+AGAINST = {"mlfs": "MLFS", "tuned": "MLFS, r = 16, rate 3e-3",
+           "supernet": "full-parameter supernet", "alone": "each alone, in full",
            "alone-low-rank": "each alone, low-rank"}
 VARIANTS = {
-    "gamma": {"mlfs": "γ = 1", "gamma-0": "γ = 0", "gamma-2": "γ = 2"},
-    "rank": {"mlfs": "r = 8", "rank-2": "r = 2", "rank-4": "r = 4", "rank-16": "r = 16",
-             "rank-32": "r = 32"},
-    "decisions": {
-        "mlfs": "the defaults", "no-reorder": "heads and neurons in the checkpoint's order",
-        "forward-kl": "KL[teacher, student]", "no-fd": "no ℓ_FD (β = 0)",
-        "fd-10": "ten times ℓ_FD (β = 1)", "fd-sum": "ℓ_FD summed over d_low, as printed",
-        "no-kd": "no distillation at all (α = 0)", "learn-u": "U learned, rows kept orthonormal",
-        "learn-u-naively": "U learned freely", "stage-2-alone": "no stage 1, stage 2 twice as long",
-        "k-2": "K = 2", "k-8": "K = 8", "rate-3e-3": "learning rate 3e-3"},
+    "mlfs": "the defaults (App. A: γ = 1, r = 8, learning rate 1e-3)",
+    "gamma-0": "γ = 0", "gamma-2": "γ = 2",
+    "rank-2": "r = 2", "rank-4": "r = 4", "rank-16": "r = 16", "rank-32": "r = 32",
+    "rate-3e-3": "learning rate 3e-3", "tuned": "r = 16, learning rate 3e-3",
+    "no-reorder": "heads and neurons in the checkpoint's order",
+    "forward-kl": "KL[teacher, student]",
+    "no-fd": "no ℓ_FD (β = 0)", "fd-10": "ten times ℓ_FD (β = 1)",
+    "fd-sum": "ℓ_FD summed over d_low, as printed", "no-kd": "no distillation at all (α = 0)",
+    "learn-u": "U learned, rows kept orthonormal", "learn-u-naively": "U learned freely",
+    "stage-2-alone": "no stage 1, stage 2 twice as long", "k-2": "K = 2", "k-8": "K = 8",
 }
 CURVES = [f"third/{variant}-seed0" for variant in ("gamma-0", "mlfs", "gamma-2")]           # Fig. 2
 
@@ -114,21 +126,24 @@ def alone(argv: list[str], full: bool) -> None:
     """What one would do without MLFS: cut each subnet from the reordered teacher, fine-tune it by
     itself, all of it (full) or adapters and head, with the task's loss and KD from the teacher.
 
-    Together they get as many forward-backward passes as stages 1 and 2 of MLFS. The teacher is
-    that of MLFS; --learning-rate is the students'.
+    Together they get as many forward-backward passes as stages 1 and 2 of MLFS; the teacher's
+    forward passes come on top. The teacher is that of MLFS, --learning-rate the students'.
     """
     run, _ = mlfs.prepare(*mlfs.parse_arguments(argv))
-    hp, device, start = run.hp, run.settings["device"], time.monotonic()
+    hp, device = run.hp, run.settings["device"]
     per_epoch = math.ceil(len(run.train.ids) / hp.batch_size)
     passes = sum(hp.epochs[stage] * per_epoch
                  * len(mlfs.sample_sub_transformers(run.space, stage, hp.num_subnets, (0,)))
                  for stage in (1, 2))
     steps = passes // (len(run.space) - 1)
-    rate = mlfs.HyperParameters(**mlfs.TASK_SETTINGS[run.settings["task"]]).learning_rate
+    rate = mlfs.HyperParameters(**mlfs.TASK_SETTINGS.get(run.settings["task"], {})).learning_rate
     stage_0 = dataclasses.replace(hp, epochs=(hp.epochs[0], 0, 0), learning_rate=rate)
+    start = time.monotonic()
     for _ in mlfs.mlfs(run.model, run.train, run.space, stage_0):
         pass
-    teacher, rows, trained = run.model.extract(run.space[0]), [], 0
+    seconds, rows, teacher = time.monotonic() - start, [], run.model.extract(run.space[0])
+    head = sum(p.numel() for n, p in teacher.named_parameters() if n.split(".")[0] in teacher.head)
+    trained = run.model.num_trainable(run.space[0]) + head
     if full:
         teacher, run.settings["dtype"] = teacher.float(), "float32"
     own = dataclasses.replace(hp, epochs=(0, -(-steps // per_epoch), 0))
@@ -138,7 +153,7 @@ def alone(argv: list[str], full: bool) -> None:
             student.add_stage(None if full else hp.rank, hp.seed)
             parameters, optimizer = mlfs.make_optimizer(student, {}, {})
             trained += sum(p.numel() for p in parameters)
-            batches = mlfs.stage_batches(run.train, own, 1, 0, device)
+            batches, start = mlfs.stage_batches(run.train, own, 1, 0, device), time.monotonic()
             for step, (x, y) in enumerate(itertools.islice(batches, steps), 1):
                 with torch.no_grad():
                     z_1 = teacher.logits(teacher.encode(**x, phi=run.space[0], features=False)[0])
@@ -149,12 +164,11 @@ def alone(argv: list[str], full: bool) -> None:
                 optimizer.param_groups[0]["lr"] = mlfs.learning_rate(hp, step, steps)
                 optimizer.step()
                 optimizer.zero_grad()
+            seconds += time.monotonic() - start
         rows.append(row | evaluate.evaluate(student, student.maxnet, run.task, run.splits))
         print(phi.name, rows[-1]["score"], flush=True)
-    stored = sum(row["parameters"] for row in rows[1:]) * next(teacher.parameters()).itemsize
-    run.settings |= {"steps": steps, "trained": trained, "stored": stored,
-                     "seconds": [time.monotonic() - start],
-                     "peak_memory": evaluate.peak_memory(device)}
+    run.settings |= {"steps": steps, "trained": trained, "stored": 4 * trained,
+                     "seconds": [seconds], "peak_memory": evaluate.peak_memory(device)}
     evaluate.write_palette(run.folder, run.settings, run.task, rows, {})
     evaluate.write_json(run.folder / "run.json", run.settings)
 
@@ -165,6 +179,8 @@ def keep(name: str) -> None:
     run = json.loads((folder / "run.json").read_text("utf-8"))
     for part in ("base", "data"):
         run[part]["folder"] = Path(run[part]["folder"]).name
+    if "/alone" in name or "naively" in name:
+        run["command"] = ["tests/evidence.py", "run", name]
     if (folder / "adapters.safetensors").exists():
         tensors, _ = evaluate.read_tensors(folder / "adapters.safetensors")
         run["trained"] = sum(t.numel() for t in tensors.values() if t.is_floating_point())
@@ -174,6 +190,43 @@ def keep(name: str) -> None:
     shutil.copy(folder / "palette.json", target / "palette.json")
     if name in CURVES:
         shutil.copy(folder / "log.jsonl", target / "log.jsonl")
+
+
+def gradients(name: str = "third/mlfs-seed0", batches: int = 20) -> None:
+    """Norms of each loss's gradient on the new B_2 where that run's stage 2 starts (on A_2 it is 0,
+    for B_2 is), for every subnet, mean over so many TRAIN batches: which loss steers?
+
+    To .github/results/gradients.json. The head is that of the run's end.
+    """
+    run, model, space = evaluate.load_run(ROOT / "runs" / "evidence" / name, dtype=torch.bfloat16)
+    hp = mlfs.HyperParameters(**{key: tuple(value) if isinstance(value, list) else value
+                                 for key, value in run["hyper_parameters"].items()})
+    for linear in model.adapted_linears():
+        linear.A, linear.B = linear.A[:2], linear.B[:2]
+    model.num_stages = 2
+    model.add_stage(hp.rank, hp.seed)
+    trained = [linear.B[2] for linear in model.adapted_linears()]
+    rows = data.load_task(run["task"], Path(run["data"]["folder"]))["train"]
+    examples = data.encode(data.load_tokenizer(run["base"]["folder"]), rows, hp.max_length)
+    drawn = np.random.default_rng(0).permutation(len(examples.ids))[:batches * hp.batch_size]
+    U = mlfs.feature_projections(space[-1].layers, hp.d_low, space[0].hidden_size, hp.seed)
+    norms: dict = {phi.name: {} for phi in space[1:]}
+    for x, y in data.batches(examples.take(drawn), hp.batch_size, seed=0):
+        with torch.no_grad():
+            s_1, h_1 = model.encode(**x, phi=space[0])
+            z_1 = model.logits(s_1)
+        for phi in space[1:]:
+            s, h = model.encode(**x, phi=phi)
+            z = model.logits(s)
+            losses = {"task": mlfs.task_loss(z, y), "kd": mlfs.kd_loss(z, z_1),
+                      "fd": mlfs.fd_loss(h, h_1, U, hp.beta, x["mask"])}
+            for loss, value in losses.items():
+                g = torch.autograd.grad(value, trained, retain_graph=True, allow_unused=True)
+                norm = sum(float(t.square().sum()) for t in g if t is not None) ** 0.5
+                norms[phi.name].setdefault(loss, []).append(norm)
+    means = {phi: {loss: statistics.fmean(values) for loss, values in of.items()}
+             for phi, of in norms.items()}
+    (RESULTS / "gradients.json").write_text(json.dumps(means, indent=1) + "\n", "utf-8")
 
 
 FREE_U = "import sys, mlfs; mlfs.orthonormalise = lambda U: None; sys.exit(mlfs.main())"
@@ -186,14 +239,12 @@ def run(wanted: list[str]) -> int:
         if (RESULTS / name).exists() or not any(part in name for part in wanted or [""]):
             continue
         print(f"\n{name}: python mlfs.py {' '.join(argv)}", flush=True)
-        if "/alone" in name:
-            alone([*argv, "--overwrite"], "low-rank" not in name)
-        else:
-            goes_on = ["--resume"] if Path("runs/evidence", name).exists() else []
-            program = ["-c", FREE_U] if "naively" in name else ["mlfs.py"]
-            done = subprocess.run([sys.executable, *program, *argv, *goes_on])
-            if done.returncode:
-                return done.returncode
+        program = (["tests/evidence.py", "alone", name] if "/alone" in name else
+                   ["-c", FREE_U, *argv] if "naively" in name else ["mlfs.py", *argv])
+        goes_on = Path("runs/evidence", name).exists() and "/alone" not in name
+        done = subprocess.run([sys.executable, *program, *["--resume"] * goes_on])
+        if done.returncode:
+            return done.returncode
         keep(name)
     return 0
 
@@ -250,24 +301,33 @@ def stages(group: str) -> str:
             + markdown(["subnet", "parameters", "encoder", *moments], body))
 
 
-def variants(names: dict[str, str]) -> str:
+def variants(group: str) -> str:
     """A row a variant: the palette's corners, the mean over it, its gain over the first row's."""
-    runs, corners = load("third"), ["w1-d6", "w1-d3", "w0.5-d6", "w0.5-d3"]
-    whole = {variant: {run["hyper_parameters"]["seed"]:
-                       statistics.fmean(row["score"] for row in rows.values())
-                       for run, rows in runs.get(variant, [])} for variant in names}
-    base, body = whole[next(iter(names))], []
-    for variant, text in names.items():
-        if scores := whole[variant]:
-            gains = [score - base[seed] for seed, score in scores.items() if seed in base]
-            body.append([text, str(len(scores)),
-                         *(mean([rows[name]["score"] for _, rows in runs[variant]])
-                           for name in corners),
-                         mean(list(scores.values())), mean(gains) if any(gains) else "",
-                         f"{sum(runs[variant][0][0]['seconds']) / 60:.0f}"])
-    return (caption("third", runs["mlfs"]) + "\n\n"
-            + markdown(["", "seeds", *corners, "mean of all 9", "gain", "minutes"],
-                       body))
+    runs, corners = load(group), ["w1-d6", "w1-d3", "w0.5-d6", "w0.5-d3"]
+    base, body = {}, []
+    for variant in filter(runs.get, VARIANTS):
+        scores = {run["hyper_parameters"]["seed"]:
+                  statistics.fmean(row["score"] for row in rows.values())
+                  for run, rows in runs[variant]}
+        base = base or scores
+        gains = [score - base[seed] for seed, score in scores.items() if seed in base]
+        body.append([VARIANTS[variant], str(len(scores)),
+                     *(mean([rows[name]["score"] for _, rows in runs[variant]])
+                       for name in corners),
+                     mean(list(scores.values())), mean(gains) if body else "",
+                     f"{sum(runs[variant][0][0]['seconds']) / 60:.0f}"])
+    return (caption(group, runs["mlfs"]) + "\n\n"
+            + markdown(["", "seeds", *corners, "mean of all 9", "gain", "minutes"], body))
+
+
+def teachers() -> str:
+    """Stage 0 alone, three epochs."""
+    runs = load("teacher")
+    return (caption("teacher", runs["mlfs"]) + "\n\n" + markdown(
+        ["options", "score ± s.e."],
+        [[f"`{own}`" if own else "App. A's",
+          evaluate.quality(runs[variant][0][1]["w1-d6"], "accuracy")]
+         for variant, own in GROUPS["teacher"][2].items() if variant in runs]))
 
 
 def against() -> str:
@@ -277,6 +337,14 @@ def against() -> str:
     body = [[name, f"{row['parameters'] / 1e6:.2f}M",
              *(mean([rows[name]["score"] for _, rows in runs[variant]]) for variant in there)]
             for name, row in runs["mlfs"][0][1].items()]
+    means = {variant: [statistics.fmean([row["score"] for row in rows.values()][1:])
+                       for _, rows in runs[variant]] for variant in there}
+    teachers = {variant: [row.get("history", {"sliced teacher": row["score"]})["sliced teacher"]
+                          for _, rows in runs[variant] for row in [next(iter(rows.values()))]]
+                for variant in there}
+    body.append(["mean of the 8 below the maxnet", "", *map(mean, means.values())])
+    body.append(["their teacher, after stage 0", "", *map(mean, teachers.values())])
+    body.append(["seeds", "", *(str(len(runs[variant])) for variant in there)])
     for what, value in {"numbers trained": lambda run: f"{run['trained'] / 1e6:.2f}M",
                         "stored for the task": lambda run: f"{run['stored'] / 1e6:.1f} MB",
                         "minutes": lambda run: f"{sum(run['seconds']) / 60:.0f}",
@@ -286,12 +354,22 @@ def against() -> str:
             + markdown(["subnet", "parameters", *there.values()], body))
 
 
+def gradient_table() -> str:
+    """Norms of the losses' gradients where stage 2 starts; ℓ_FD also as the paper prints it."""
+    means = json.loads((RESULTS / "gradients.json").read_text("utf-8"))
+    d_low = mlfs.HyperParameters.d_low
+    return markdown(["subnet", "ℓ_task", "ℓ_KD", "ℓ_FD, β = 0.1", "ℓ_FD, summed over d_low"],
+                    [[name, f"{row['task']:.3f}", f"{row['kd']:.3f}", f"{row['fd']:.4f}",
+                      f"{d_low * row['fd']:.3f}"] for name, row in means.items()])
+
+
 def estimates() -> str:
     """Hours for the paper's models, from the multiplications of the layers' linear maps: forward,
     and as many backward (frozen matrices need no gradient), at the speed of two cores and a GPU.
 
     Tokens a row of MNLI, QQP and QNLI are guesses, the other tasks' are counted, padding included.
-    A GPU needs some time to start an iteration's kernels, however small: 40 ms, a guess.
+    A GPU needs some time to start an iteration's kernels, however small: 40 ms, a guess. What
+    attention itself and a decoder's output matrix multiply is left out (15% of SantaCoder).
     """
     cores, gpu = 175e9, 30e12        # multiply-adds/s: bench_train.py's; 60 TFLOP/s, a guess
     bert = mlfs.configuration_space(SubnetConfig(768, 12, 3072, tuple(range(12)), "w1-d12"))
@@ -324,10 +402,11 @@ def estimates() -> str:
 
 def tables() -> dict[str, str]:
     """What stands between <!-- evidence: NAME --> and <!-- end --> in the README."""
-    groups = [group for group in GROUPS if group != "third" and load(group)]
-    return ({group: stages(group) for group in groups} | {"against": against()}
-            | {name: variants(names) for name, names in VARIANTS.items()}
-            | {"estimates": estimates()})
+    made = {group: stages(group) for group in GROUPS
+            if group not in ("third", "earlier", "teacher") and load(group)}
+    made |= {group: variants(group) for group in ("third", "earlier")}
+    return made | {"against": against(), "gradients": gradient_table(), "teacher": teachers(),
+                   "estimates": estimates()}
 
 
 def average(runs: list, score: Callable[[dict], float]) -> tuple[list[float], list[float]]:
@@ -345,13 +424,13 @@ def pictures() -> None:
         for moment, mark in marks.items():
             axes[0].plot(*average(main, lambda row: row["history"][moment]), mark, label=moment)
         axes[0].set_title(f"SST-2 dev, seeds: {len(main)}", fontsize=9)
-        for mark, (variant, text) in zip("os^v", AGAINST.items()):
+        for mark, (variant, text) in zip("oDs^v", AGAINST.items()):
             if variant in third:
                 axes[1].plot(*average(third[variant], lambda row: row["score"]), mark, label=text)
         axes[1].set_title("SST-2, a third of TRAIN, held-out sentences", fontsize=9)
-        for axis, runs in zip(axes, (main, third["mlfs"])):
-            teacher = average(runs, lambda row: row["history"]["sliced teacher"])[1][0]
-            axis.axhline(teacher, color="black", linestyle=":", label="teacher")
+        teacher = average(main, lambda row: row["history"]["sliced teacher"])[1][0]
+        axes[0].axhline(teacher, color="black", linestyle=":", label="teacher")
+        for axis in axes:
             axis.set_xlabel("parameters, millions")
             axis.grid(alpha=0.3)
             axis.legend(fontsize=7)
@@ -375,6 +454,10 @@ if __name__ == "__main__":
         split(ROOT / "weights" / "glue", ROOT / "weights" / "held-out")
     elif what == "run":
         sys.exit(run(names))
+    elif what == "alone":
+        alone([*commands()[names[0]], "--overwrite"], "low-rank" not in names[0])
+    elif what == "gradients":
+        gradients()
     elif what == "tables":
         rewrite()
     else:
