@@ -6,7 +6,8 @@
     python tests/evidence.py tables            # README.md's tables, .github/*.png (matplotlib)
 
 Needs weights/minilm-l6, weights/smollm2-135m, and GLUE in weights/glue. A run that stands in
-.github/results is not repeated, one that was interrupted goes on. Two of these may run at once.
+.github/results is not repeated, one that was interrupted goes on; two may run at once if their
+NAMEs differ.
 """
 import dataclasses
 import itertools
@@ -235,6 +236,9 @@ FREE_U = "import sys, mlfs; mlfs.orthonormalise = lambda U: None; sys.exit(mlfs.
 def run(wanted: list[str]) -> int:
     """The runs that are not there yet, in their order."""
     os.chdir(ROOT)
+    if not any(part in name for part in wanted or [""] for name in commands()):
+        raise ValueError(f"no run's name holds {' or '.join(wanted)}; there are "
+                         f"{', '.join(commands())}")
     for name, argv in commands().items():
         if (RESULTS / name).exists() or not any(part in name for part in wanted or [""]):
             continue
@@ -448,17 +452,23 @@ def rewrite() -> None:
     pictures()
 
 
-if __name__ == "__main__":
+def main() -> int:
     what, *names = sys.argv[1:] or [""]
     if what == "split":
         split(ROOT / "weights" / "glue", ROOT / "weights" / "held-out")
     elif what == "run":
-        sys.exit(run(names))
+        return run(names)
     elif what == "alone":
         alone([*commands()[names[0]], "--overwrite"], "low-rank" not in names[0])
     elif what == "gradients":
         gradients()
     elif what == "tables":
+        evaluate.need("tables", "matplotlib", "matplotlib")
         rewrite()
     else:
-        sys.exit(__doc__)
+        print(__doc__)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(evaluate.exit_on_bad_input(main))

@@ -12,6 +12,7 @@ import pytest
 
 import data
 import evaluate
+import evidence
 import mlfs
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -117,3 +118,11 @@ def test_the_readmes_python_examples_run(run, tmp_path, monkeypatch, capsys):
     assert abs(scope["small"](**scope["x"])[0] - scope["logits"]).max() < 1e-5
     again = scope["load_pretrained"](tmp_path / "runs" / "minnet")
     assert abs(again(**scope["x"])[0] - scope["logits"]).max() < 1e-5
+
+
+def test_the_tables_of_results_are_those_of_the_raw_files():
+    """No figure in them is typed by hand: `tests/evidence.py tables` makes them."""
+    made = evidence.tables()
+    assert set(made) == set(re.findall(r"<!-- evidence: (.*) -->", README))
+    for name, table in made.items():
+        assert f"<!-- evidence: {name} -->\n\n{table}\n\n<!-- end -->" in README, name
