@@ -290,7 +290,7 @@ def test_an_exported_slice_is_a_checkpoint_with_tokenizer_labels_and_model_card(
     rows = stored(copy)
     card = (folder / "README.md").read_text()
     assert "| w1-d4 " in card and f"{rows[0]['parameters'] / 1e6:.2f}M (100%)" in card
-    assert f"{rows[-1]['parameters'] / 1e6:.2f}M" in card and "Layers kept, from 0: 1, 3" in card
+    assert f"{rows[-1]['parameters'] / 1e6:.2f}M" in card and "Layers kept, from 0: 0, 3" in card
     assert f"{100 * rows[-1]['score']:.1f} ± " in card and run["base"]["sha256"] in card
 
 
