@@ -137,7 +137,7 @@ TASK_SETTINGS = {                                # App. A, where it departs from
 # -------------------------------------------------------------------- the configuration space 𝒜
 
 def depth_order(layers: tuple[int, ...]) -> tuple[int, ...]:
-    """Layers in the order in which growing subnets take them.
+    """Layers (consecutive ones) in the order in which growing subnets take them.
 
     The last, the first, then each time the middle of the widest gap: any prefix is spread over the
     whole depth and contains every shorter one. Without either end slices are worse (README).

@@ -32,7 +32,7 @@ sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 import evaluate  # noqa: E402
 import mlfs  # noqa: E402
-from model import SubnetConfig, SuperTransformer  # noqa: E402
+from model import SubnetConfig  # noqa: E402
 
 RESULTS = ROOT / ".github" / "results"
 
@@ -400,7 +400,7 @@ def estimates() -> str:
             total += hp.epochs[stage] * rows * tokens * passes * each
         on_gpu = max(total / gpu, 0.04 * sum(hp.epochs) * rows / hp.batch_size)
         body.append([what, ",".join(map(str, hp.epochs)), f"{total / 1e15:,.1f}",
-                     f"{total / cores / 3600:,.1f}", f"{on_gpu / 3600:,.1f}"])
+                     f"{total / cores / 3600:,.1f}", f"{on_gpu / 3600:,.2f}"])
     return markdown(["", "epochs", "10^15 MACs", "hours, two cores", "hours, GPU"], body)
 
 
@@ -458,7 +458,7 @@ def main() -> int:
         split(ROOT / "weights" / "glue", ROOT / "weights" / "held-out")
     elif what == "run":
         return run(names)
-    elif what == "alone":
+    elif what == "alone" and names and names[0] in commands():       # what `run` calls
         alone([*commands()[names[0]], "--overwrite"], "low-rank" not in names[0])
     elif what == "gradients":
         gradients()
