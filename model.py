@@ -131,7 +131,7 @@ class ElasticLinear(nn.Module):
         The paper leaves the start open; A ~ U(±1/√in) is LoRA's. No α/r factor: Eq. 7 has none.
         """
         out_features, in_features = self.weight.shape
-        for earlier in (*self.A, *self.B):                           # line 13: "freeze W_Tch"
+        for earlier in (*self.A, *self.B):                           # lines 13 and 15: A_s, B_s
             earlier.requires_grad_(False)
         A = (torch.rand(in_features, rank, generator=generator) * 2 - 1) / in_features ** 0.5
         B = torch.zeros(rank, out_features)

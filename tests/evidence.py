@@ -79,7 +79,11 @@ GROUPS = {
         "no-fd": "--beta 0", "fd-10": "--beta 1", "fd-sum": "--fd-sum", "no-kd": "--alpha 0",
         "learn-u": "--learn-u", "learn-u-naively": "--learn-u",
         "stage-2-alone": "--epochs 1,0,2", "k-2": "--num-subnets 2", "k-8": "--num-subnets 8",
-        "rate-3e-3": "--learning-rate 3e-3", "tuned": "--rank 16 --learning-rate 3e-3"}),
+        "rate-3e-3": "--learning-rate 3e-3", "tuned": "--rank 16 --learning-rate 3e-3",
+        "wider-start": "", "everywhere": "--rank 16 --learning-rate 2e-3"}),
+    "long": (SST2 + "held-out --train-examples 22450 --epochs 3,3,3", 1, {
+        "mlfs": "", "rank-32": "--rank 32",
+        "supernet": "--adapters full --gamma 0 --learning-rate 1e-4"}),
     # Those of the revision before encoders kept their first layer (5621237): not to be run again.
     "earlier": (SST2 + "held-out --train-examples 22450 --epochs 1,1,1", 0, {
         "mlfs": "", "no-fd": "--beta 0", "forward-kl": "--kl forward", "rank-32": "--rank 32",
@@ -90,13 +94,16 @@ GROUPS = {
         "rank-32-rate-5e-4": "--rank 32 --learning-rate 5e-4",
         "rank-32-rate-3e-3": "--rank 32 --learning-rate 3e-3",
         "full-rate-1e-4": "--adapters full --learning-rate 1e-4"}),
+    "sst2-teacher": (SST2 + "glue --epochs 3,0,0 --widths 1 --depths 1", 1, {
+        "rank-32": "--rank 32",
+        "full-rate-1e-4": "--adapters full --learning-rate 1e-4"}),
     "hidden": (SST2 + "held-out --train-examples 22450 --epochs 1,1,1 --widths 1 --depths 1 "
                "--hidden 1,0.75,0.5", 2, {"mlfs": ""}),
     "python": ("--task python --model weights/smollm2-135m --widths 1,2/3 --depths 1,2/3 "
                "--max-length 256 --batch-size 4 --train-examples 240 --dev-examples 24 "
                "--validate-every 20", 2, {"mlfs": "", "alpha-0": "--alpha 0"}),
 }
-AGAINST = {"mlfs": "MLFS", "tuned": "MLFS, r = 16, rate 3e-3",
+AGAINST = {"mlfs": "MLFS", "tuned": "MLFS, r = 16, rate 3e-3", "rank-32": "MLFS, r = 32",
            "supernet": "full-parameter supernet", "alone": "each alone, in full",
            "alone-low-rank": "each alone, low-rank"}
 VARIANTS = {
@@ -104,6 +111,8 @@ VARIANTS = {
     "gamma-0": "γ = 0", "gamma-2": "γ = 2",
     "rank-2": "r = 2", "rank-4": "r = 4", "rank-16": "r = 16", "rank-32": "r = 32",
     "rate-3e-3": "learning rate 3e-3", "tuned": "r = 16, learning rate 3e-3",
+    "everywhere": "r = 16, rate 2e-3, adapters on both output projections, too",
+    "wider-start": "A starts three times as large",
     "no-reorder": "heads and neurons in the checkpoint's order",
     "forward-kl": "KL[teacher, student]",
     "no-fd": "no ℓ_FD (β = 0)", "fd-10": "ten times ℓ_FD (β = 1)",
@@ -180,7 +189,7 @@ def keep(name: str) -> None:
     run = json.loads((folder / "run.json").read_text("utf-8"))
     for part in ("base", "data"):
         run[part]["folder"] = Path(run[part]["folder"]).name
-    if "/alone" in name or "naively" in name:
+    if "/alone" in name or name.split("/")[1].rpartition("-")[0] in PATCHES:
         run["command"] = ["tests/evidence.py", "run", name]
     if (folder / "adapters.safetensors").exists():
         tensors, _ = evaluate.read_tensors(folder / "adapters.safetensors")
@@ -230,7 +239,24 @@ def gradients(name: str = "third/mlfs-seed0", batches: int = 20) -> None:
     (RESULTS / "gradients.json").write_text(json.dumps(means, indent=1) + "\n", "utf-8")
 
 
-FREE_U = "import sys, mlfs; mlfs.orthonormalise = lambda U: None; sys.exit(mlfs.main())"
+PATCHES = {                                    # what no option of mlfs.py does, by variant
+    "learn-u-naively": "mlfs.orthonormalise = lambda U: None",
+    "wider-start": """
+add_stage = model.ElasticLinear.add_stage
+def wider(self, rank, generator):
+    add_stage(self, rank, generator)
+    self.A[-1].data *= 3
+model.ElasticLinear.add_stage = wider
+""",
+    "everywhere": """
+Bert, few, permute = model.Bert, model.Bert.adapted, model.Bert.permute
+def permuted(self, order):                     # of the outputs only those that heads and FFN make
+    self.adapted = few
+    permute(self, order)
+    del self.adapted
+Bert.adapted, Bert.permute = (*few, "attention_output", "output"), permuted
+""",
+}
 
 
 def run(wanted: list[str]) -> int:
@@ -243,8 +269,10 @@ def run(wanted: list[str]) -> int:
         if (RESULTS / name).exists() or not any(part in name for part in wanted or [""]):
             continue
         print(f"\n{name}: python mlfs.py {' '.join(argv)}", flush=True)
-        program = (["tests/evidence.py", "alone", name] if "/alone" in name else
-                   ["-c", FREE_U, *argv] if "naively" in name else ["mlfs.py", *argv])
+        patch = PATCHES.get(name.split("/")[1].rpartition("-")[0])
+        program = (["tests/evidence.py", "alone", name] if "/alone" in name else ["mlfs.py", *argv])
+        if patch is not None:
+            program = ["-c", f"import sys, mlfs, model\n{patch}\nsys.exit(mlfs.main())", *argv]
         goes_on = Path("runs/evidence", name).exists() and "/alone" not in name
         done = subprocess.run([sys.executable, *program, *["--resume"] * goes_on])
         if done.returncode:
@@ -300,9 +328,11 @@ def stages(group: str) -> str:
     moments = list(next(iter(first.values()))["history"])
     body = [[name, f"{row['parameters'] / 1e6:.2f}M", f"{row['encoder_parameters'] / 1e6:.2f}M",
              *(mean([rows[name]["history"][moment] for _, rows in runs], metric)
-               for moment in moments)] for name, row in first.items()]
-    return (caption(group, runs) + "\n\n"
-            + markdown(["subnet", "parameters", "encoder", *moments], body))
+               for moment in moments),
+             evaluate.show(metric, statistics.fmean(rows[name]["stderr"] for _, rows in runs))]
+            for name, row in first.items()]
+    return (caption(group, runs) + "\n\n" + markdown(
+        ["subnet", "parameters", "encoder", *moments, "± s.e. of one run"], body))
 
 
 def variants(group: str) -> str:
@@ -324,19 +354,19 @@ def variants(group: str) -> str:
             + markdown(["", "seeds", *corners, "mean of all 9", "gain", "minutes"], body))
 
 
-def teachers() -> str:
+def teachers(group: str) -> str:
     """Stage 0 alone, three epochs."""
-    runs = load("teacher")
-    return (caption("teacher", runs["mlfs"]) + "\n\n" + markdown(
+    runs = load(group)
+    return (caption(group, next(iter(runs.values()))) + "\n\n" + markdown(
         ["options", "score ± s.e."],
         [[f"`{own}`" if own else "App. A's",
           evaluate.quality(runs[variant][0][1]["w1-d6"], "accuracy")]
-         for variant, own in GROUPS["teacher"][2].items() if variant in runs]))
+         for variant, own in GROUPS[group][2].items() if variant in runs]))
 
 
-def against() -> str:
+def against(group: str = "third") -> str:
     """Scores of every subnet side by side, then what they cost."""
-    runs = load("third")
+    runs = load(group)
     there = {variant: text for variant, text in AGAINST.items() if variant in runs}
     body = [[name, f"{row['parameters'] / 1e6:.2f}M",
              *(mean([rows[name]["score"] for _, rows in runs[variant]]) for variant in there)]
@@ -354,7 +384,7 @@ def against() -> str:
                         "minutes": lambda run: f"{sum(run['seconds']) / 60:.0f}",
                         "peak memory": lambda run: f"{run['peak_memory'] / 2**30:.1f} GiB"}.items():
         body.append([what, "", *(value(runs[variant][0][0]) for variant in there)])
-    return (caption("third", runs["mlfs"]) + "\n\n"
+    return (caption(group, runs["mlfs"]) + "\n\n"
             + markdown(["subnet", "parameters", *there.values()], body))
 
 
@@ -406,11 +436,10 @@ def estimates() -> str:
 
 def tables() -> dict[str, str]:
     """What stands between <!-- evidence: NAME --> and <!-- end --> in the README."""
-    made = {group: stages(group) for group in GROUPS
-            if group not in ("third", "earlier", "teacher") and load(group)}
-    made |= {group: variants(group) for group in ("third", "earlier")}
-    return made | {"against": against(), "gradients": gradient_table(), "teacher": teachers(),
-                   "estimates": estimates()}
+    kinds = {"third": variants, "earlier": variants, "teacher": teachers,
+             "sst2-teacher": teachers, "long": against}
+    made = {group: kinds.get(group, stages)(group) for group in GROUPS if load(group)}
+    return made | {"against": against(), "gradients": gradient_table(), "estimates": estimates()}
 
 
 def average(runs: list, score: Callable[[dict], float]) -> tuple[list[float], list[float]]:
@@ -428,7 +457,7 @@ def pictures() -> None:
         for moment, mark in marks.items():
             axes[0].plot(*average(main, lambda row: row["history"][moment]), mark, label=moment)
         axes[0].set_title(f"SST-2 dev, seeds: {len(main)}", fontsize=9)
-        for mark, (variant, text) in zip("oDs^v", AGAINST.items()):
+        for mark, (variant, text) in zip("oDPs^v", AGAINST.items()):
             if variant in third:
                 axes[1].plot(*average(third[variant], lambda row: row["score"]), mark, label=text)
         axes[1].set_title("SST-2, a third of TRAIN, held-out sentences", fontsize=9)
