@@ -470,6 +470,27 @@ def pictures() -> None:
         axes[0].set_ylabel("accuracy, points")
 
 
+def gamma_picture(window: int = 5) -> None:
+    """.github/gamma.png, Fig. 2: training losses of three subnets in stage 2, running means."""
+    with evaluate.picture(ROOT / ".github" / "gamma.png", 3) as (_, axes):
+        for axis, name in zip(axes, ("w1-d6", "w0.75-d4", "w0.5-d3")):
+            for curve in filter(lambda curve: (RESULTS / curve).exists(), CURVES):
+                lines = (RESULTS / curve / "log.jsonl").read_text("utf-8").splitlines()
+                logged = [entry for entry in map(json.loads, lines) if entry["stage"] == 2]
+                points = [(entry["step"], entry["loss"][name]) for entry in logged
+                          if name in entry.get("loss", ())]                  # where it was drawn
+                steps, losses = np.array(points).T
+                mean = np.convolve(losses, np.ones(window) / window, "valid")
+                hp = json.loads((RESULTS / curve / "run.json").read_text("utf-8"))
+                axis.plot(steps[window - 1:], mean,
+                          label=f"γ = {hp['hyper_parameters']['gamma']:g}")
+            axis.set_title(name, fontsize=9)
+            axis.set_xlabel("step of stage 2")
+            axis.grid(alpha=0.3)
+            axis.legend(fontsize=7)
+        axes[0].set_ylabel("loss, nats")
+
+
 def rewrite() -> None:
     """Puts the tables into README.md and draws the pictures."""
     readme = ROOT / "README.md"
@@ -479,6 +500,7 @@ def rewrite() -> None:
                       lambda found: f"{found[1]}\n{table}\n\n{found[2]}", text, flags=re.S)
     readme.write_text(text, "utf-8")
     pictures()
+    gamma_picture()
 
 
 def main() -> int:
