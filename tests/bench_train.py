@@ -65,8 +65,9 @@ def iterations(model: SuperTransformer, examples: data.Examples, stage: int = 0,
     return (at for at in mlfs.mlfs(model, examples, space, hp) if at.losses)
 
 
-def ours(minilm: str, glue: str, dtype: str) -> Iterator:
-    return iterations(load_pretrained(minilm, 2, getattr(torch, dtype)), sst2(minilm, glue))
+def ours(minilm: str, glue: str, dtype: str, stage: int = 0) -> Iterator:
+    model = load_pretrained(minilm, 2, getattr(torch, dtype))
+    return iterations(model, sst2(minilm, glue), stage)
 
 
 def theirs(minilm: str, glue: str, dtype: str, attention: str) -> Iterator:
@@ -113,7 +114,8 @@ class Contestant:
         self.ms: list[float] = []
 
     def ask(self, word: str):
-        """step: milliseconds; products: their milliseconds, GMACs; peak: GiB so far."""
+        """step: milliseconds; products: those of the next 8 steps, bare: milliseconds and GMACs a
+        step; peak: GiB so far."""
         print(word, file=self.process.stdin, flush=True)
         return json.loads(self.process.stdout.readline())
 
@@ -129,15 +131,14 @@ class Contestant:
 def serve(name: str, options: dict) -> None:
     """The child's side of `Contestant`."""
     answers, sys.stdout = sys.stdout, sys.stderr
-    steps, products = globals()[name](**options), None
+    steps = globals()[name](**options)
     for word in sys.stdin:
         if word == "peak\n":
             answer = evaluate.peak_memory("cpu") / 2 ** 30
         elif word == "products\n":
-            if products is None:
-                with (products := Products()):
-                    for _ in range(8):                               # subnets are drawn
-                        next(steps)
+            with (products := Products()):
+                for _ in range(8):                                   # subnets are drawn
+                    next(steps)
             answer = products.milliseconds() / 8, products.macs / 8e9
         else:
             answer = timed(lambda: next(steps))
@@ -210,22 +211,23 @@ def against_peft(where: dict, warm: int = 100, steps: int = 100) -> None:
               f"{peak['ours'] / peak[who]:.2f}", flush=True)
 
 
-def product_shares(dtype: str, steps: int = 12, rounds: int = 4) -> None:
-    print("\nMatrix products of an iteration, MiniLM's shape, 64 sentences of 16 tokens:")
-    runs = {stage: Contestant("grown", stage=stage, dtype=dtype) for stage in (0, 2)}
-    take_turns(runs, 12, 0)
-    bare = {stage: [] for stage in runs}
-    for _ in range(rounds):
-        take_turns(runs, 0, steps)
-        for stage, run in runs.items():
-            bare[stage].append(run.ask("products"))
+def product_shares(where: dict, warm: int = 40, rounds: int = 4) -> None:
+    """Two processes take the same steps, one timed, one noting its products to repeat them bare."""
+    print("\nMatrix products of an iteration, batch 64 of SST-2 by length:")
     cost = {}
-    for stage, run in runs.items():
-        ms, (alone, gmacs) = np.median(run.ms), np.median(bare[stage], axis=0)
+    for stage in (0, 2):
+        runs = {who: Contestant("ours", **where, stage=stage) for who in ("timed", "noting")}
+        take_turns(runs, warm, 0)
+        bare = []
+        for _ in range(rounds):
+            take_turns({"timed": runs["timed"]}, 0, 8)
+            bare.append(runs["noting"].ask("products"))
+        ms, (alone, gmacs) = np.mean(runs["timed"].ms), np.mean(bare, axis=0)
         cost[stage] = ms / gmacs
         print(f"  stage {stage}: {ms:.1f} ms; its products alone {alone:.1f} ms, "
               f"{alone / ms:.2f} of it; {gmacs:.1f} GMACs", flush=True)
-        run.end()
+        for run in runs.values():
+            run.end()
     print(f"  a GMAC of stage 2 (K = 4) takes {cost[2] / cost[0]:.2f} of one of stage 0")
 
 
@@ -276,7 +278,7 @@ def main(minilm: str, glue: str, dtype: str = "bfloat16") -> None:
     where = {"minilm": minilm, "glue": glue, "dtype": dtype}
     start_up(**where)
     against_peft(where)
-    product_shares(dtype)
+    product_shares(where)
     growth(dtype)
 
 
