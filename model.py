@@ -69,10 +69,12 @@ def product(x: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
     """x Wᵀ + b, x (..., i) and W (o, i).
 
     In float32 on a CPU with AVX-512 oneDNN is asked, not MKL, which on AMD's takes twice as long.
-    It wants dense operands: the reference kernel that it has for others takes minutes.
+    It wants dense operands: the reference kernel that it has for others takes minutes. And it makes
+    a kernel for every shape, which small matrices do not repay.
     """
-    if x.dtype != torch.float32 or x.device.type != "cpu" or torch.compiler.is_exporting() or \
-            torch.backends.cpu.get_cpu_capability() != "AVX512":
+    small = W.numel() < 2 ** 14
+    if small or x.dtype != torch.float32 or x.device.type != "cpu" or \
+            torch.compiler.is_exporting() or torch.backends.cpu.get_cpu_capability() != "AVX512":
         return F.linear(x, W, b)
     if not W.is_contiguous() and not W.t().is_contiguous():
         W = W.contiguous() if W.stride(1) == 1 else W.t().contiguous().t()

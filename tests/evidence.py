@@ -370,7 +370,7 @@ def against(group: str = "third") -> str:
     there = {variant: text for variant, text in AGAINST.items() if variant in runs}
     body = [[name, f"{row['parameters'] / 1e6:.2f}M",
              *(mean([rows[name]["score"] for _, rows in runs[variant]]) for variant in there)]
-            for name, row in runs["mlfs"][0][1].items()]
+            for name, row in runs[next(iter(there))][0][1].items()]
     means = {variant: [statistics.fmean([row["score"] for row in rows.values()][1:])
                        for _, rows in runs[variant]] for variant in there}
     teachers = {variant: [row.get("history", {"sliced teacher": row["score"]})["sliced teacher"]
@@ -384,7 +384,7 @@ def against(group: str = "third") -> str:
                         "minutes": lambda run: f"{sum(run['seconds']) / 60:.0f}",
                         "peak memory": lambda run: f"{run['peak_memory'] / 2**30:.1f} GiB"}.items():
         body.append([what, "", *(value(runs[variant][0][0]) for variant in there)])
-    return (caption(group, runs["mlfs"]) + "\n\n"
+    return (caption(group, runs[next(iter(there))]) + "\n\n"
             + markdown(["subnet", "parameters", *there.values()], body))
 
 
