@@ -480,10 +480,10 @@ def gamma_picture(window: int = 5) -> None:
                 points = [(entry["step"], entry["loss"][name]) for entry in logged
                           if name in entry.get("loss", ())]                  # where it was drawn
                 steps, losses = np.array(points).T
-                mean = np.convolve(losses, np.ones(window) / window, "valid")
-                hp = json.loads((RESULTS / curve / "run.json").read_text("utf-8"))
-                axis.plot(steps[window - 1:], mean,
-                          label=f"γ = {hp['hyper_parameters']['gamma']:g}")
+                means = np.convolve(losses, np.ones(window) / window, "valid")
+                run = json.loads((RESULTS / curve / "run.json").read_text("utf-8"))
+                gamma = run["hyper_parameters"]["gamma"]
+                axis.plot(steps[window - 1:], means, label=f"γ = {gamma:g}")
             axis.set_title(name, fontsize=9)
             axis.set_xlabel("step of stage 2")
             axis.grid(alpha=0.3)
