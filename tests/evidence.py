@@ -1,6 +1,7 @@
 """The runs behind the README's Results, and its tables and pictures, made from their raw files.
 
     python tests/evidence.py split             # a held-out part of SST-2's TRAIN: weights/held-out
+    python tests/evidence.py custom            # two thirds of SmolLM2's width: weights/custom
     python tests/evidence.py run [NAME ...]    # all, or those whose name holds one of these
     python tests/evidence.py gradients         # how strongly each loss pulls
     python tests/evidence.py tables            # README.md's tables, .github/*.png (matplotlib)
@@ -32,7 +33,7 @@ sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 import evaluate  # noqa: E402
 import mlfs  # noqa: E402
-from model import SubnetConfig  # noqa: E402
+from model import SubnetConfig, load_pretrained, save_pretrained  # noqa: E402
 
 RESULTS = ROOT / ".github" / "results"
 
@@ -58,6 +59,17 @@ def split(glue: Path, target: Path, sentences: int = 2000) -> None:
     for name, part in parts.items():
         (target / "SST-2" / f"{name}.tsv").write_text("\n".join([head, *part]) + "\n", "utf-8")
         print(f"{target}/SST-2/{name}.tsv: {len(part):,} rows")
+
+
+def custom(source: Path, target: Path) -> None:
+    """Fig. 5's custom model: cut from the reordered base, stored as a checkpoint of its own."""
+    model, hp = load_pretrained(source), mlfs.HyperParameters(batch_size=4, max_length=256)
+    tokenizer = data.load_tokenizer(source, model.config["vocab_size"])
+    files = data.load_task("python", data.find_inputs("python", source, None)[2])["train"]
+    model.reorder(mlfs.importance(model, data.encode(tokenizer, files, hp.max_length), hp))
+    space = mlfs.configuration_space(model.maxnet, [2 / 3], [1], head_group=model.head_group)
+    save_pretrained(model.extract(space[-1]), target)
+    shutil.copy(source / "tokenizer.json", target)
 
 
 SST2 = "--task sst2 --model weights/minilm-l6 --data-dir weights/"
@@ -102,6 +114,10 @@ GROUPS = {
     "python": ("--task python --model weights/smollm2-135m --widths 1,2/3 --depths 1,2/3 "
                "--max-length 256 --batch-size 4 --train-examples 240 --dev-examples 24 "
                "--validate-every 20", 2, {"mlfs": "", "alpha-0": "--alpha 0"}),
+    "custom": ("--task python --model weights/custom --adapters full --widths 1 --depths 1 "
+               "--no-reorder --epochs 1,0,0 --max-length 256 --batch-size 4 --train-examples 160 "
+               "--dev-examples 24 --validate-every 10 --learning-rate 3e-4", 2,
+               {"sliced": "", "random": "--init random"}),
 }
 AGAINST = {"mlfs": "MLFS", "tuned": "MLFS, r = 16, rate 3e-3", "rank-32": "MLFS, r = 32",
            "supernet": "full-parameter supernet", "alone": "each alone, in full",
@@ -198,7 +214,7 @@ def keep(name: str) -> None:
     target.mkdir(parents=True, exist_ok=True)
     (target / "run.json").write_text(json.dumps(run, indent=1) + "\n", "utf-8")
     shutil.copy(folder / "palette.json", target / "palette.json")
-    if name in CURVES:
+    if name in CURVES or name.startswith(("python/", "custom/")):
         shutil.copy(folder / "log.jsonl", target / "log.jsonl")
 
 
@@ -322,17 +338,19 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
 
 
 def stages(group: str) -> str:
-    """Figs. 1 and 8: every subnet's score at the four moments."""
-    runs = load(group)["mlfs"]
+    """Figs. 1 and 8: every subnet's score at the four moments; Fig. 7: the last without KD, too."""
+    runs, without = load(group)["mlfs"], load(group).get("alpha-0", [])
     metric, first = data.TASKS[runs[0][0]["task"]].metrics[0], runs[0][1]
     moments = list(next(iter(first.values()))["history"])
     body = [[name, f"{row['parameters'] / 1e6:.2f}M", f"{row['encoder_parameters'] / 1e6:.2f}M",
              *(mean([rows[name]["history"][moment] for _, rows in runs], metric)
                for moment in moments),
+             *[mean([rows[name]["score"] for _, rows in without], metric)] * bool(without),
              evaluate.show(metric, statistics.fmean(rows[name]["stderr"] for _, rows in runs))]
             for name, row in first.items()]
     return (caption(group, runs) + "\n\n" + markdown(
-        ["subnet", "parameters", "encoder", *moments, "± s.e. of one run"], body))
+        ["subnet", "parameters", "encoder", *moments, *["stage 2, α = 0"] * bool(without),
+         "± s.e. of one run"], body))
 
 
 def variants(group: str) -> str:
@@ -388,6 +406,20 @@ def against(group: str = "third") -> str:
             + markdown(["subnet", "parameters", *there.values()], body))
 
 
+def curves(group: str) -> str:
+    """Fig. 5: validation loss by step."""
+    runs, body, steps = load(group), [], []
+    for variant, seeds in runs.items():
+        logs = [(RESULTS / group / f"{variant}-seed{run['hyper_parameters']['seed']}/log.jsonl")
+                .read_text("utf-8").splitlines() for run, _ in seeds]
+        losses = [{entry["step"]: next(iter(entry["validation"].values()))
+                   for entry in map(json.loads, log) if "validation" in entry} for log in logs]
+        steps = list(losses[0])
+        body.append([variant, *(mean([loss[step] for loss in losses], "loss") for step in steps)])
+    return (caption(group, next(iter(runs.values()))) + "\n\n"
+            + markdown(["start", *(f"step {step}" for step in steps)], body))
+
+
 def gradient_table() -> str:
     """Norms of the losses' gradients where stage 2 starts; ℓ_FD also as the paper prints it."""
     means = json.loads((RESULTS / "gradients.json").read_text("utf-8"))
@@ -437,7 +469,7 @@ def estimates() -> str:
 def tables() -> dict[str, str]:
     """What stands between <!-- evidence: NAME --> and <!-- end --> in the README."""
     kinds = {"third": variants, "earlier": variants, "teacher": teachers,
-             "sst2-teacher": teachers, "long": against}
+             "sst2-teacher": teachers, "long": against, "custom": curves}
     made = {group: kinds.get(group, stages)(group) for group in GROUPS if load(group)}
     return made | {"against": against(), "gradients": gradient_table(), "estimates": estimates()}
 
@@ -507,6 +539,8 @@ def main() -> int:
     what, *names = sys.argv[1:] or [""]
     if what == "split":
         split(ROOT / "weights" / "glue", ROOT / "weights" / "held-out")
+    elif what == "custom":
+        custom(ROOT / "weights" / "smollm2-135m", ROOT / "weights" / "custom")
     elif what == "run":
         return run(names)
     elif what == "alone" and names and names[0] in commands():       # what `run` calls

@@ -84,3 +84,33 @@ def test_tables_show_means_standard_errors_and_gains_seed_by_seed(tmp_path, monk
     ours, theirs = table.splitlines()[-2:]
     assert ours == f"| {evidence.VARIANTS['mlfs']} | 2 |" + " 81.0 ± 1.0 |" * 5 + "  | 1 |"
     assert theirs == "| γ = 0 | 2 |" + " 82.0 ± 1.0 |" * 5 + " 1.0 ± 0.0 | 1 |"
+
+
+def test_a_decoders_tables_show_nats_with_and_without_distillation_and_over_the_steps(
+    tmp_path, monkeypatch
+):
+    """Fig. 7's column beside stage 2's, and Fig. 5's losses at each validated step."""
+    monkeypatch.setattr(evidence, "RESULTS", tmp_path)
+
+    def result(name, seed, score, losses):
+        folder = tmp_path / f"{name}-seed{seed}"
+        folder.mkdir(parents=True)
+        row = {"name": "w1-d2", "parameters": 2e6, "encoder_parameters": 1e6, "stderr": 0.1}
+        history = {"sliced teacher": 9.0, "stage 2": score}
+        content = {"subnets": [row | {"score": score, "history": history}]}
+        content["sha256"] = evaluate.text_digest(content)
+        evaluate.write_json(folder / "palette.json", content)
+        run = {"task": "python", "data": {"dev": 24, "folder": "lib"}}
+        evaluate.write_json(folder / "run.json", run | {"hyper_parameters": {"seed": seed}})
+        log = [{"stage": 0, "step": i, "validation": {"w1-d2": x}} for i, x in enumerate(losses)]
+        (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
+
+    for seed in (0, 1):
+        result("python/mlfs", seed, 2.5 + seed / 10, [])
+        result("python/alpha-0", seed, 2.0 + seed / 10, [])
+        result("custom/sliced", seed, 0.0, [3.0 + seed / 10, 2.0])
+    row = "| w1-d2 | 2.00M | 1.00M | 9.000 ± 0.000 | 2.550 ± 0.050 | 2.050 ± 0.050 | 0.100 |"
+    assert evidence.stages("python").splitlines()[-1] == row
+    head, _, row = evidence.curves("custom").splitlines()[-3:]
+    assert head == "| start | step 0 | step 1 |"
+    assert row == "| sliced | 3.050 ± 0.050 | 2.000 ± 0.000 |"
