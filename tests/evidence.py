@@ -339,17 +339,18 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
 
 def stages(group: str) -> str:
     """Figs. 1 and 8: every subnet's score at the four moments; Fig. 7: the last without KD, too."""
-    runs, without = load(group)["mlfs"], load(group).get("alpha-0", [])
+    runs, *without = (seeds for variant, seeds in load(group).items()
+                      if variant in ("mlfs", "alpha-0"))
     metric, first = data.TASKS[runs[0][0]["task"]].metrics[0], runs[0][1]
     moments = list(next(iter(first.values()))["history"])
     body = [[name, f"{row['parameters'] / 1e6:.2f}M", f"{row['encoder_parameters'] / 1e6:.2f}M",
              *(mean([rows[name]["history"][moment] for _, rows in runs], metric)
                for moment in moments),
-             *[mean([rows[name]["score"] for _, rows in without], metric)] * bool(without),
+             *(mean([rows[name]["score"] for _, rows in seeds], metric) for seeds in without),
              evaluate.show(metric, statistics.fmean(rows[name]["stderr"] for _, rows in runs))]
             for name, row in first.items()]
     return (caption(group, runs) + "\n\n" + markdown(
-        ["subnet", "parameters", "encoder", *moments, *["stage 2, α = 0"] * bool(without),
+        ["subnet", "parameters", "encoder", *moments, *("stage 2, α = 0" for _ in without),
          "± s.e. of one run"], body))
 
 

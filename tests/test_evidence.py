@@ -111,6 +111,9 @@ def test_a_decoders_tables_show_nats_with_and_without_distillation_and_over_the_
         result("custom/sliced", seed, 0.0, [3.0 + seed / 10, 2.0])
     row = "| w1-d2 | 2.00M | 1.00M | 9.000 ± 0.000 | 2.550 ± 0.050 | 2.050 ± 0.050 | 0.100 |"
     assert evidence.stages("python").splitlines()[-1] == row
+    shutil.rmtree(tmp_path / "python" / "alpha-0-seed0")
+    shutil.rmtree(tmp_path / "python" / "alpha-0-seed1")
+    assert evidence.stages("python").splitlines()[-1] == row.replace(" 2.050 ± 0.050 |", "")
     head, _, row = evidence.curves("custom").splitlines()[-3:]
     assert head == "| start | step 0 | step 1 |"
     assert row == "| sliced | 3.050 ± 0.050 | 2.000 ± 0.000 |"
