@@ -96,10 +96,6 @@ GROUPS = {
     "long": (SST2 + "held-out --train-examples 22450 --epochs 3,3,3", 1, {
         "mlfs": "", "rank-32": "--rank 32",
         "supernet": "--adapters full --gamma 0 --learning-rate 1e-4"}),
-    # Those of the revision before encoders kept their first layer (5621237): not to be run again.
-    "earlier": (SST2 + "held-out --train-examples 22450 --epochs 1,1,1", 0, {
-        "mlfs": "", "no-fd": "--beta 0", "forward-kl": "--kl forward", "rank-32": "--rank 32",
-        "rate-3e-3": "--learning-rate 3e-3", "stage-2-alone": "--epochs 1,0,2"}),
     "teacher": (SST2 + "held-out --train-examples 22450 --epochs 3,0,0 --widths 1 --depths 1", 1, {
         "mlfs": "", "rate-2e-3": "--learning-rate 2e-3", "rate-4e-3": "--learning-rate 4e-3",
         "unclipped": "--clip 0", "rank-32": "--rank 32",
@@ -469,7 +465,7 @@ def estimates() -> str:
 
 def tables() -> dict[str, str]:
     """What stands between <!-- evidence: NAME --> and <!-- end --> in the README."""
-    kinds = {"third": variants, "earlier": variants, "teacher": teachers,
+    kinds = {"third": variants, "teacher": teachers,
              "sst2-teacher": teachers, "long": against, "custom": curves}
     made = {group: kinds.get(group, stages)(group) for group in GROUPS if load(group)}
     return made | {"against": against(), "gradients": gradient_table(), "estimates": estimates()}
