@@ -92,7 +92,8 @@ GROUPS = {
         "learn-u": "--learn-u", "learn-u-naively": "--learn-u",
         "stage-2-alone": "--epochs 1,0,2", "k-2": "--num-subnets 2", "k-8": "--num-subnets 8",
         "rate-3e-3": "--learning-rate 3e-3", "tuned": "--rank 16 --learning-rate 3e-3",
-        "wider-start": "", "everywhere": "--rank 16 --learning-rate 2e-3"}),
+        "wider-start": "", "everywhere": "--rank 16 --learning-rate 2e-3",
+        "unclipped": "--clip 0", "frozen-head": "", "frozen-teacher": ""}),
     "long": (SST2 + "held-out --train-examples 22450 --epochs 3,3,3", 1, {
         "mlfs": "", "rank-32": "--rank 32",
         "supernet": "--adapters full --gamma 0 --learning-rate 1e-4"}),
@@ -131,6 +132,8 @@ VARIANTS = {
     "fd-sum": "ℓ_FD summed over d_low, as printed", "no-kd": "no distillation at all (α = 0)",
     "learn-u": "U learned, rows kept orthonormal", "learn-u-naively": "U learned freely",
     "stage-2-alone": "no stage 1, stage 2 twice as long", "k-2": "K = 2", "k-8": "K = 8",
+    "unclipped": "no clipping", "frozen-head": "the head trained in stage 0 alone",
+    "frozen-teacher": "z_1 from the maxnet as stage 0 left it",
 }
 CURVES = [f"third/{variant}-seed0" for variant in ("gamma-0", "mlfs", "gamma-2")]           # Fig. 2
 
@@ -267,6 +270,32 @@ def permuted(self, order):                     # of the outputs only those that 
     permute(self, order)
     del self.adapted
 Bert.adapted, Bert.permute = (*few, "attention_output", "output"), permuted
+""",
+    "frozen-head": """
+make = mlfs.make_optimizer
+def without_head(model, U, moments):
+    for name in model.head[:len(model.head) * (model.num_stages > 1)]:
+        getattr(model, name).requires_grad_(False)
+    return make(model, U, moments)
+mlfs.make_optimizer = without_head
+""",
+    "frozen-teacher": """
+held, importance, output_loss, encode = {}, mlfs.importance, mlfs.output_loss, model.Bert.encode
+def stage_0_ends(model, examples, hp):
+    held["teacher"] = model.extract(model.maxnet)
+    return importance(model, examples, hp)
+def encode_both(self, *x, **more):
+    if "teacher" in held and mlfs.torch.is_grad_enabled() and more["phi"] == self.maxnet:
+        with mlfs.torch.no_grad():
+            s_1, _ = encode(held["teacher"], *x, **more)
+            held["z_1"] = held["teacher"].logits(s_1)
+    return encode(self, *x, **more)
+def frozen(model, s_j, s_1, y, hp):
+    if s_1 is None:
+        return output_loss(model, s_j, None, y, hp)
+    z = model.logits(s_j)
+    return (1 - hp.alpha) * mlfs.task_loss(z, y) + hp.alpha * mlfs.kd_loss(z, held["z_1"])
+mlfs.importance, mlfs.output_loss, model.Bert.encode = stage_0_ends, frozen, encode_both
 """,
 }
 

@@ -297,6 +297,10 @@ def test_a_pair_task_with_two_dev_sets_and_a_regression_run_from_end_to_end(tmp_
         str(tmp_path),
         "--epochs",
         "1,1,1",
+        "--widths",
+        "1,0.5",
+        "--depths",
+        "1",
     ]
     for task, metrics in (
         ("mnli", {"accuracy", "accuracy_mismatched"}),
