@@ -2,6 +2,7 @@
 
     python tests/evidence.py split             # a held-out part of SST-2's TRAIN: weights/held-out
     python tests/evidence.py custom            # two thirds of SmolLM2's width: weights/custom
+    python tests/evidence.py full-teacher      # stage 0 in full, exported: weights/full-teacher
     python tests/evidence.py run [NAME ...]    # all, or those whose name holds one of these
     python tests/evidence.py gradients         # how strongly each loss pulls
     python tests/evidence.py tables            # README.md's tables, .github/*.png (matplotlib)
@@ -72,6 +73,15 @@ def custom(source: Path, target: Path) -> None:
     shutil.copy(source / "tokenizer.json", target)
 
 
+def full_teacher(target: Path) -> None:
+    """A teacher of which stage 0 trained all parameters, on a third of TRAIN, as a checkpoint."""
+    os.chdir(ROOT)
+    options, run = GROUPS["third"][0].replace("1,1,1", "1,0,0"), "runs/evidence/full-teacher"
+    mlfs.main([*options.split(), *GROUPS["third"][2]["supernet"].split(), "--widths", "1",
+               "--depths", "1", "--out", run])
+    evaluate.main([run, "--export", "w1-d6", str(target)])
+
+
 SST2 = "--task sst2 --model weights/minilm-l6 --data-dir weights/"
 GLUE = "--model weights/minilm-l6 --data-dir weights/glue"
 # group: (options of all its runs, seeds, {variant: its own options})
@@ -93,7 +103,8 @@ GROUPS = {
         "stage-2-alone": "--epochs 1,0,2", "k-2": "--num-subnets 2", "k-8": "--num-subnets 8",
         "rate-3e-3": "--learning-rate 3e-3", "tuned": "--rank 16 --learning-rate 3e-3",
         "wider-start": "", "everywhere": "--rank 16 --learning-rate 2e-3",
-        "unclipped": "--clip 0", "frozen-head": "", "frozen-teacher": ""}),
+        "unclipped": "--clip 0", "frozen-head": "", "frozen-teacher": "",
+        "full-teacher": "--model weights/full-teacher --epochs 0,1,1"}),
     "long": (SST2 + "held-out --train-examples 22450 --epochs 3,3,3", 1, {
         "mlfs": "", "rank-32": "--rank 32",
         "supernet": "--adapters full --gamma 0 --learning-rate 1e-4"}),
@@ -134,6 +145,7 @@ VARIANTS = {
     "stage-2-alone": "no stage 1, stage 2 twice as long", "k-2": "K = 2", "k-8": "K = 8",
     "unclipped": "no clipping", "frozen-head": "the head trained in stage 0 alone",
     "frozen-teacher": "z_1 from the maxnet as stage 0 left it",
+    "full-teacher": "stage 0 trains all parameters, at a rate of 1e-4",
 }
 CURVES = [f"third/{variant}-seed0" for variant in ("gamma-0", "mlfs", "gamma-2")]           # Fig. 2
 
@@ -567,6 +579,8 @@ def main() -> int:
         split(ROOT / "weights" / "glue", ROOT / "weights" / "held-out")
     elif what == "custom":
         custom(ROOT / "weights" / "smollm2-135m", ROOT / "weights" / "custom")
+    elif what == "full-teacher":
+        full_teacher(ROOT / "weights" / "full-teacher")
     elif what == "run":
         return run(names)
     elif what == "alone" and names and names[0] in commands():       # what `run` calls
