@@ -118,7 +118,7 @@ GROUPS = {
         "rank-32": "--rank 32",
         "full-rate-1e-4": "--adapters full --learning-rate 1e-4"}),
     "hidden": (SST2 + "held-out --train-examples 22450 --epochs 1,1,1 --widths 1 --depths 1 "
-               "--hidden 1,0.75,0.5", 2, {"mlfs": ""}),
+               "--hidden 1,0.75,0.5", 2, {"mlfs": "", "rank-32": "--rank 32"}),
     "python": ("--task python --model weights/smollm2-135m --widths 1,2/3 --depths 1,2/3 "
                "--max-length 256 --batch-size 4 --train-examples 240 --dev-examples 24 "
                "--validate-every 20", 2, {"mlfs": "", "alpha-0": "--alpha 0"}),
@@ -148,6 +148,7 @@ VARIANTS = {
     "full-teacher": "stage 0 trains all parameters, at a rate of 1e-4",
 }
 CURVES = [f"third/{variant}-seed0" for variant in ("gamma-0", "mlfs", "gamma-2")]           # Fig. 2
+LOGGED = (*CURVES, "third/k-8-seed0", "long/", "python/", "custom/")           # log.jsonl kept, too
 
 
 def commands() -> dict[str, list[str]]:
@@ -225,7 +226,7 @@ def keep(name: str) -> None:
     target.mkdir(parents=True, exist_ok=True)
     (target / "run.json").write_text(json.dumps(run, indent=1) + "\n", "utf-8")
     shutil.copy(folder / "palette.json", target / "palette.json")
-    if name in CURVES or name.startswith(("python/", "custom/")):
+    if name.startswith(LOGGED):
         shutil.copy(folder / "log.jsonl", target / "log.jsonl")
 
 
@@ -375,20 +376,21 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
 
 
 def stages(group: str) -> str:
-    """Figs. 1 and 8: every subnet's score at the four moments; Fig. 7: the last without KD, too."""
-    runs, *without = (seeds for variant, seeds in load(group).items()
-                      if variant in ("mlfs", "alpha-0"))
+    """Figs. 1 and 8: every subnet's score at the four moments; what other options end with."""
+    groups = load(group)
+    runs = groups.pop("mlfs")
     metric, first = data.TASKS[runs[0][0]["task"]].metrics[0], runs[0][1]
     moments = list(next(iter(first.values()))["history"])
     body = [[name, f"{row['parameters'] / 1e6:.2f}M", f"{row['encoder_parameters'] / 1e6:.2f}M",
              *(mean([rows[name]["history"][moment] for _, rows in runs], metric)
                for moment in moments),
-             *(mean([rows[name]["score"] for _, rows in seeds], metric) for seeds in without),
+             *(mean([rows[name]["score"] for _, rows in seeds], metric)
+               for seeds in groups.values()),
              evaluate.show(metric, statistics.fmean(rows[name]["stderr"] for _, rows in runs))]
             for name, row in first.items()]
+    others = (f"stage 2, `{GROUPS[group][2][variant]}`" for variant in groups)
     return (caption(group, runs) + "\n\n" + markdown(
-        ["subnet", "parameters", "encoder", *moments, *("stage 2, α = 0" for _ in without),
-         "± s.e. of one run"], body))
+        ["subnet", "parameters", "encoder", *moments, *others, "± s.e. of one run"], body))
 
 
 def variants(group: str) -> str:
