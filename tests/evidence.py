@@ -7,9 +7,9 @@
     python tests/evidence.py gradients         # how strongly each loss pulls
     python tests/evidence.py tables            # README.md's tables, .github/*.png (matplotlib)
 
-Needs weights/minilm-l6, weights/smollm2-135m, and GLUE in weights/glue. A run that stands in
-.github/results is not repeated, one that was interrupted goes on; two may run at once if their
-NAMEs differ.
+Needs weights/minilm-l6, weights/smollm2-135m, GLUE in weights/glue, and what the first three
+commands make. A run that stands in .github/results is not repeated, one that was interrupted goes
+on; two may run at once if their NAMEs differ.
 """
 import dataclasses
 import itertools
@@ -104,7 +104,8 @@ GROUPS = {
         "rate-3e-3": "--learning-rate 3e-3", "tuned": "--rank 16 --learning-rate 3e-3",
         "wider-start": "", "everywhere": "--rank 16 --learning-rate 2e-3",
         "unclipped": "--clip 0", "frozen-head": "", "frozen-teacher": "",
-        "full-teacher": "--model weights/full-teacher --epochs 0,1,1"}),
+        "full-teacher": "--model weights/full-teacher --epochs 0,1,1",
+        "full-teacher-3e-3": "--model weights/full-teacher --epochs 0,1,1 --learning-rate 3e-3"}),
     "long": (SST2 + "held-out --train-examples 22450 --epochs 3,3,3", 1, {
         "mlfs": "", "rank-32": "--rank 32",
         "supernet": "--adapters full --gamma 0 --learning-rate 1e-4"}),
@@ -145,7 +146,8 @@ VARIANTS = {
     "stage-2-alone": "no stage 1, stage 2 twice as long", "k-2": "K = 2", "k-8": "K = 8",
     "unclipped": "no clipping", "frozen-head": "the head trained in stage 0 alone",
     "frozen-teacher": "z_1 from the maxnet as stage 0 left it",
-    "full-teacher": "stage 0 trains all parameters, at a rate of 1e-4",
+    "full-teacher": "stage 0 (elsewhere) trains all parameters, at a rate of 1e-4",
+    "full-teacher-3e-3": "so, and stages 1 and 2 at 3e-3",
 }
 CURVES = [f"third/{variant}-seed0" for variant in ("gamma-0", "mlfs", "gamma-2")]           # Fig. 2
 LOGGED = (*CURVES, "third/k-8-seed0", "long/", "python/", "custom/")           # log.jsonl kept, too
@@ -447,13 +449,14 @@ def against(group: str = "third") -> str:
 
 
 def curves(group: str) -> str:
-    """Fig. 5: validation loss by step."""
+    """Fig. 5: validation loss by step of stage 0, which is ordinary fine-tuning."""
     runs, body, steps = load(group), [], []
     for variant, seeds in runs.items():
         logs = [(RESULTS / group / f"{variant}-seed{run['hyper_parameters']['seed']}/log.jsonl")
                 .read_text("utf-8").splitlines() for run, _ in seeds]
         losses = [{entry["step"]: next(iter(entry["validation"].values()))
-                   for entry in map(json.loads, log) if "validation" in entry} for log in logs]
+                   for entry in map(json.loads, log)
+                   if "validation" in entry and entry["stage"] == 0} for log in logs]
         steps = list(losses[0])
         body.append([variant, *(mean([loss[step] for loss in losses], "loss") for step in steps)])
     return (caption(group, next(iter(runs.values()))) + "\n\n"

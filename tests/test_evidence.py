@@ -103,6 +103,7 @@ def test_a_decoders_tables_show_nats_with_and_without_distillation_and_over_the_
         run = {"task": "python", "data": {"dev": 24, "folder": "lib"}}
         evaluate.write_json(folder / "run.json", run | {"hyper_parameters": {"seed": seed}})
         log = [{"stage": 0, "step": i, "validation": {"w1-d2": x}} for i, x in enumerate(losses)]
+        log.append({"stage": 1, "step": 0, "validation": {"w1-d2": 9.0}})
         (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
 
     for seed in (0, 1):
