@@ -63,8 +63,8 @@ class HyperParameters:
     batch_size: int = setting(64, "|ℬ| (App. A: 128 for QQP, MNLI, QNLI, else 64)")
     learning_rate: float = setting(1e-3, "initial one (App. A: 5e-4 for QNLI, MNLI, else 1e-3)")
     warmup: float = setting(0.06, "share of a stage's steps in which the rate rises (ours)")
-    clip: float = setting(1.0, "largest norm of Eq. 6's gradient; 0 does not clip (ours: "
-                          "unclipped, stage 1 can collapse to one class)")
+    clip: float = setting(1.0, "largest norm of Eq. 6's gradient; 0 does not clip (ours: a safety "
+                          "net, unclipped a prototype collapsed to one class)")
     max_length: int = setting(128, "tokens per example (App. A)")
     num_subnets: int = setting(4, "K, subnets an iteration: maxnet, minnet, K-2 drawn (Eq. 4)")
     widths: tuple[float, ...] = setting((1.0, 0.75, 0.5), "shares of heads, neurons in 𝒜 (ours)")
