@@ -395,20 +395,29 @@ def stages(group: str) -> str:
         ["subnet", "parameters", "encoder", *moments, *others, "± s.e. of one run"], body))
 
 
+def palette_means(seeds: Seeds, first: int = 0) -> dict[int, float]:
+    """A palette's mean score, from that row on, by seed."""
+    return {run["hyper_parameters"]["seed"]:
+            statistics.fmean([row["score"] for row in rows.values()][first:])
+            for run, rows in seeds}
+
+
+def gain(means: dict[int, float], base: dict[int, float]) -> str:
+    """What of them is more than base's, seed by seed where both have one."""
+    return mean([means[seed] - base[seed] for seed in means if seed in base])
+
+
 def variants(group: str) -> str:
     """A row a variant: the palette's corners, the mean over it, its gain over the first row's."""
     runs, corners = load(group), ["w1-d6", "w1-d3", "w0.5-d6", "w0.5-d3"]
     base, body = {}, []
     for variant in filter(runs.get, VARIANTS):
-        scores = {run["hyper_parameters"]["seed"]:
-                  statistics.fmean(row["score"] for row in rows.values())
-                  for run, rows in runs[variant]}
+        scores = palette_means(runs[variant])
         base = base or scores
-        gains = [score - base[seed] for seed, score in scores.items() if seed in base]
         body.append([VARIANTS[variant], str(len(scores)),
                      *(mean([rows[name]["score"] for _, rows in runs[variant]])
                        for name in corners),
-                     mean(list(scores.values())), mean(gains) if body else "",
+                     mean(list(scores.values())), gain(scores, base) if body else "",
                      f"{sum(runs[variant][0][0]['seconds']) / 60:.0f}"])
     return (caption(group, runs["mlfs"]) + "\n\n"
             + markdown(["", "seeds", *corners, "mean of all 9", "gain", "minutes"], body))
@@ -431,12 +440,14 @@ def against(group: str = "third") -> str:
     body = [[name, f"{row['parameters'] / 1e6:.2f}M",
              *(mean([rows[name]["score"] for _, rows in runs[variant]]) for variant in there)]
             for name, row in runs[next(iter(there))][0][1].items()]
-    means = {variant: [statistics.fmean([row["score"] for row in rows.values()][1:])
-                       for _, rows in runs[variant]] for variant in there}
+    means = [palette_means(runs[variant], 1) for variant in there]
     teachers = {variant: [row.get("history", {"sliced teacher": row["score"]})["sliced teacher"]
                           for _, rows in runs[variant] for row in [next(iter(rows.values()))]]
                 for variant in there}
-    body.append(["mean of the 8 below the maxnet", "", *map(mean, means.values())])
+    body.append(["mean of the 8 below the maxnet", "",
+                 *(mean(list(scores.values())) for scores in means)])
+    body.append(["gain over the first column", "",
+                 "", *(gain(scores, means[0]) for scores in means[1:])])
     body.append(["their teacher, after stage 0", "", *map(mean, teachers.values())])
     body.append(["seeds", "", *(str(len(runs[variant])) for variant in there)])
     for what, value in {"numbers trained": lambda run: f"{run['trained'] / 1e6:.2f}M",

@@ -65,25 +65,29 @@ def test_results_keep_the_palette_and_no_folder_of_the_machine(run, tmp_path, mo
 
 
 def test_tables_show_means_standard_errors_and_gains_seed_by_seed(tmp_path, monkeypatch):
-    """Two seeds, 80 and 82: 81.0 ± 1.0; a variant one point above each: 1.0 ± 0.0."""
+    """Two seeds, 80 and 82: 81.0 ± 1.0; one point above each: 1.0 ± 0.0; seed 1 alone: 1.0."""
     monkeypatch.setattr(evidence, "RESULTS", tmp_path)
     names = [f"w{w}-d{d}" for w in (1, 0.75, 0.5) for d in (6, 4, 3)]
-    for variant, more in (("mlfs", 0), ("gamma-0", 0.01)):
-        for seed, score in enumerate((0.80, 0.82)):
+    for variant, more in (("mlfs", 0), ("gamma-0", 0.01), ("supernet", 0.01)):
+        for seed, score in [(0, 0.80)] * (variant != "supernet") + [(1, 0.82)]:
             folder = tmp_path / "third" / f"{variant}-seed{seed}"
             folder.mkdir(parents=True)
-            rows = [{"name": name, "score": score + more} for name in names]
+            rows = [{"name": n, "score": score + more, "parameters": 1e6} for n in names]
             content = {"task": "sst2", "metric": "accuracy", "subnets": rows}
             evaluate.write_json(
                 folder / "palette.json", content | {"sha256": evaluate.text_digest(content)}
             )
             run = {"task": "sst2", "data": {"dev": 2000, "folder": "held-out"}, "seconds": [60.0]}
+            run |= {"trained": 0, "stored": 0, "peak_memory": 0}
             evaluate.write_json(folder / "run.json", run | {"hyper_parameters": {"seed": seed}})
     table = evidence.variants("third")
     assert "2,000 held-out TRAIN sentences" in table and "2 seeds" in table
     ours, theirs = table.splitlines()[-2:]
     assert ours == f"| {evidence.VARIANTS['mlfs']} | 2 |" + " 81.0 ± 1.0 |" * 5 + "  | 1 |"
     assert theirs == "| γ = 0 | 2 |" + " 82.0 ± 1.0 |" * 5 + " 1.0 ± 0.0 | 1 |"
+    means, gains = evidence.against("third").splitlines()[-8:-6]
+    assert means == "| mean of the 8 below the maxnet |  | 81.0 ± 1.0 | 83.0 |"
+    assert gains == "| gain over the first column |  |  | 1.0 |"
 
 
 def test_a_decoders_tables_show_nats_with_and_without_distillation_and_over_the_steps(
