@@ -73,13 +73,13 @@ def custom(source: Path, target: Path) -> None:
     shutil.copy(source / "tokenizer.json", target)
 
 
-def full_teacher(target: Path) -> None:
+def full_teacher(target: Path) -> int:
     """A teacher of which stage 0 trained all parameters, on a third of TRAIN, as a checkpoint."""
     os.chdir(ROOT)
     options, run = GROUPS["third"][0].replace("1,1,1", "1,0,0"), "runs/evidence/full-teacher"
-    mlfs.main([*options.split(), *GROUPS["third"][2]["supernet"].split(), "--widths", "1",
-               "--depths", "1", "--out", run])
-    evaluate.main([run, "--export", "w1-d6", str(target)])
+    return (mlfs.main([*options.split(), *GROUPS["third"][2]["supernet"].split(), "--widths", "1",
+                       "--depths", "1", "--out", run])
+            or evaluate.main([run, "--export", "w1-d6", str(target)]))
 
 
 SST2 = "--task sst2 --model weights/minilm-l6 --data-dir weights/"
@@ -104,6 +104,8 @@ GROUPS = {
         "rate-3e-3": "--learning-rate 3e-3", "tuned": "--rank 16 --learning-rate 3e-3",
         "wider-start": "", "everywhere": "--rank 16 --learning-rate 2e-3",
         "unclipped": "--clip 0", "frozen-head": "", "frozen-teacher": "",
+        "longer-warmup-3e-3": "--learning-rate 3e-3 --warmup 0.3",
+        "frozen-teacher-3e-3": "--learning-rate 3e-3",
         "full-teacher": "--model weights/full-teacher --epochs 0,1,1",
         "full-teacher-3e-3": "--model weights/full-teacher --epochs 0,1,1 --learning-rate 3e-3"}),
     "long": (SST2 + "held-out --train-examples 22450 --epochs 3,3,3", 1, {
@@ -146,11 +148,13 @@ VARIANTS = {
     "stage-2-alone": "no stage 1, stage 2 twice as long", "k-2": "K = 2", "k-8": "K = 8",
     "unclipped": "no clipping", "frozen-head": "the head trained in stage 0 alone",
     "frozen-teacher": "z_1 from the maxnet as stage 0 left it",
+    "longer-warmup-3e-3": "learning rate 3e-3, reached after 30% of a stage's steps, not 6%",
+    "frozen-teacher-3e-3": "learning rate 3e-3, z_1 from the maxnet as stage 0 left it",
     "full-teacher": "stage 0 (elsewhere) trains all parameters, at a rate of 1e-4",
     "full-teacher-3e-3": "so, and stages 1 and 2 at 3e-3",
 }
 CURVES = [f"third/{variant}-seed0" for variant in ("gamma-0", "mlfs", "gamma-2")]           # Fig. 2
-LOGGED = (*CURVES, "third/k-8-seed0", "long/", "python/", "custom/")           # log.jsonl kept, too
+LOGGED = (*CURVES, "third/k-", "third/rate-", "long/", "python/", "custom/")   # log.jsonl kept, too
 
 
 def commands() -> dict[str, list[str]]:
@@ -313,6 +317,7 @@ def frozen(model, s_j, s_1, y, hp):
 mlfs.importance, mlfs.output_loss, model.Bert.encode = stage_0_ends, frozen, encode_both
 """,
 }
+PATCHES["frozen-teacher-3e-3"] = PATCHES["frozen-teacher"]
 
 
 def run(wanted: list[str]) -> int:
@@ -596,7 +601,7 @@ def main() -> int:
     elif what == "custom":
         custom(ROOT / "weights" / "smollm2-135m", ROOT / "weights" / "custom")
     elif what == "full-teacher":
-        full_teacher(ROOT / "weights" / "full-teacher")
+        return full_teacher(ROOT / "weights" / "full-teacher")
     elif what == "run":
         return run(names)
     elif what == "alone" and names and names[0] in commands():       # what `run` calls
