@@ -51,6 +51,9 @@ class HyperParameters:
     beta: float = setting(0.1, "β_l, weight of the feature loss, the same for all l (App. A)")
     gamma: float = setting(2.0, "γ of the gradient scaling (App. A: 1 for SST-2, 2 otherwise; "
                            "Prop. 2 has γ ≥ 1, 0 switches the scaling off)")
+    teacher: str = setting("maxnet", "of the subnets: the maxnet of the moment (Sec. 5), or the "
+                           "network of stage 0, fixed from then on (Sec. 4), its head too",
+                           ("maxnet", "fixed"))
     temperature: float = setting(1.0, "t ≥ 1 of the KD loss (Sec. 5, no value given)")
     kl: str = setting("reverse", "KL[student, teacher] as printed (reverse), or Hinton's "
                       "KL[teacher, student] (forward)", ("reverse", "forward"))
@@ -111,6 +114,8 @@ class HyperParameters:
             "validate_every must be at least 0": self.validate_every >= 0,
             "dtype must be auto or float32 with --adapters full":
                 self.adapters == "low-rank" or self.dtype != "bfloat16",
+            "teacher must be maxnet with --adapters full":
+                self.adapters == "low-rank" or self.teacher == "maxnet",
         }
         for field in dataclasses.fields(self):
             choices = field.metadata["choices"] or (getattr(self, field.name),)
@@ -394,6 +399,7 @@ def mlfs(model: SuperTransformer, examples: data.Examples, space: list[SubnetCon
             if stage == 1 and hp.reorder:
                 model.reorder(importance(model, examples, hp))
             model.add_stage(hp.rank if hp.adapters == "low-rank" else None, hp.seed)           # 2
+        fixed = model.fix_teacher() if stage > 0 and hp.teacher == "fixed" else None
         trained, optimizer = make_optimizer(model, U, moments)
         n = {phi: model.num_trainable(phi) for phi in space}                                   # 9
         batches = stage_batches(examples, hp, stage, done, device)
@@ -408,6 +414,9 @@ def mlfs(model: SuperTransformer, examples: data.Examples, space: list[SubnetCon
                 if phi == maxnet:                            # α = 0; z_1, h_1 are constants
                     loss = of_labels * output_loss(model, s, None, y, hp)                      # 11
                     s_1, h_1 = s.detach(), {l: h[l].detach() for l in U if l in h}  # stage 0: no h
+                    if fixed:
+                        with torch.no_grad():
+                            s_1, h_1 = fixed.encode(**x, phi=maxnet)
                 else:                                        # (1-α) ℓ_task + α (ℓ_KD + ℓ_FD)
                     fd = of_tokens * fd_loss(h, h_1, U, hp.beta, x["mask"], hp.fd_sum)
                     loss = of_labels * output_loss(model, s, s_1, y, hp) + hp.alpha * fd       # 12
@@ -763,7 +772,7 @@ def announce(run: Run, at: Iteration) -> None:
     """What a stage trains, in one line."""
     n_1, whole = run.model.num_trainable(run.space[0]), run.settings["space"][0]["parameters"]
     head = sum(p.numel() for name, p in run.model.named_parameters()
-               if name.split(".")[0] in run.model.head)
+               if name.split(".")[0] in run.model.head and p.requires_grad)
     what = f"A_{at.stage}, B_{at.stage} ({n_1:,} entries)"
     what += f" and the head ({head:,})" if head else ""
     if run.hp.adapters == "full":

@@ -11,6 +11,7 @@ Three ideas carry this file.
 B batch, T tokens, S tokens attended to, H hidden size, N heads, K key/value heads, D head size,
 F intermediate size, r rank, C classes, V vocabulary.
 """
+import copy
 import json
 import os
 import re
@@ -65,16 +66,21 @@ def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
 
 
+ASK_ONEDNN = (torch.backends.cpu.get_cpu_capability() == "AVX512"
+              and "Intel" not in str(torch.cpu.get_capabilities().get("cpu_name")))
+
+
 def product(x: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
     """x Wᵀ + b, x (..., i) and W (o, i).
 
-    In float32 on a CPU with AVX-512 oneDNN is asked, not MKL, which on AMD's takes twice as long.
-    It wants dense operands: the reference kernel that it has for others takes minutes. And it makes
-    a kernel for every shape, which small matrices do not repay: the tests took a third longer.
+    In float32 on an AMD with AVX-512 oneDNN is asked, not MKL, which takes twice as long there; on
+    an Intel MKL takes 0.86 of oneDNN's time. oneDNN wants dense operands: the reference kernel that
+    it has for others takes minutes. And it makes a kernel for every shape, which small matrices do
+    not repay: the tests took a third longer.
     """
     small = W.numel() < 2 ** 14
     if small or x.dtype != torch.float32 or x.device.type != "cpu" or \
-            torch.compiler.is_exporting() or torch.backends.cpu.get_cpu_capability() != "AVX512":
+            torch.compiler.is_exporting() or not ASK_ONEDNN:
         return F.linear(x, W, b)
     if not W.is_contiguous() and not W.t().is_contiguous():
         W = W.contiguous() if W.stride(1) == 1 else W.t().contiguous().t()
@@ -312,6 +318,16 @@ class SuperTransformer(nn.Module):
                 linear.add_stage(rank, generator)
         self.num_stages += 1
 
+    def fix_teacher(self) -> "SuperTransformer":
+        """f(·; W_Tch), the network as stage 0 left it (Sec. 4): all weights are this model's, A_0
+        and B_0 are its only adapters. The head, which they share, is trained no more."""
+        teacher = copy.deepcopy(self, {id(p): p for p in self.parameters()})     # no tensor is new
+        for linear in teacher.adapted_linears():
+            linear.A, linear.B = linear.A[:1], linear.B[:1]
+        for name in self.head:
+            getattr(self, name).requires_grad_(False)
+        return teacher
+
     def subnet_config(self, phi: SubnetConfig) -> dict:
         """config.json of Φ's stand-alone model."""
         sizes = {"hidden_size": phi.hidden_size, "num_attention_heads": phi.num_attention_heads,
@@ -411,7 +427,8 @@ class SuperTransformer(nn.Module):
     def trained_state(self) -> dict[str, Tensor]:
         """What MLFS learned: {A_s, B_s}, the head, the permutation; a few MB a task (Sec. 3)."""
         state = {name: p.detach() for name, p in self.named_parameters()
-                 if p.requires_grad or re.search(r"\.[AB]\.\d+$", name)}
+                 if p.requires_grad or name.split(".")[0] in self.head
+                 or re.search(r"\.[AB]\.\d+$", name)}
         return state | {f"order.{key}": index for key, index in self.order.items()}
 
     def load_trained_state(self, state: dict[str, Tensor]) -> None:

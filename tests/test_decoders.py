@@ -623,6 +623,10 @@ def test_a_resumed_decoder_run_ends_with_the_same_bits(run, adapters, stage, mon
             ["--task", "python", "--model", "tiny", "--adapters", "full", "--dtype", "bfloat16"],
             "dtype must be auto or float32 with --adapters full",
         ),
+        (
+            ["--task", "python", "--model", "tiny", "--adapters", "full", "--teacher", "fixed"],
+            "teacher must be maxnet with --adapters full, not fixed",
+        ),
     ],
 )
 def test_a_model_that_cannot_do_the_task_is_refused(

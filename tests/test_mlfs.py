@@ -2,6 +2,7 @@
 torch.distributions, autograd or sums by hand.
 """
 
+import copy
 import dataclasses
 import math
 
@@ -190,11 +191,13 @@ def test_learning_U_freely_collapses_and_ours_does_not():
 # ------------------------------------------------------------------------------------- Algorithm 1
 
 
-def test_the_accumulated_gradient_is_eq6(tiny, monkeypatch):
+@pytest.mark.parametrize("teacher", ["maxnet", "fixed"])
+def test_the_accumulated_gradient_is_eq6(tiny, monkeypatch, teacher):
     """∇ = 1/|𝒜_s| Σ_j (n_1/n_j)^γ ∇ loss_j, with loss_1 = CE (α = 0) and loss_j = (1-α) CE + α (KD
-    + FD): by autograd, term by term.
+    + FD), z_1 and h_1 those of the maxnet, or of W + A_0 B_0: by autograd, term by term.
     """
     hp = dataclasses.replace(HP, gamma=2.0, alpha=0.7, clip=0.0, epochs=(0, 0, 1), batch_size=24)
+    hp = dataclasses.replace(hp, teacher=teacher)
     data_, space = examples(), configuration_space(tiny.maxnet)
     run = m.mlfs(tiny, data_, space, hp)
     at = [next(run) for _ in range(3)][-1]  # the three stages begin; two have no steps
@@ -202,7 +205,10 @@ def test_the_accumulated_gradient_is_eq6(tiny, monkeypatch):
     ((x, y),) = m.stage_batches(data_, hp, 2, 0, "cpu")
     adapters = {name: p for name, p in tiny.named_parameters() if p.requires_grad}
     subnets = sample_sub_transformers(space, 2, 4, (0, 2, 1))
-    z_1, h_1 = tiny(**x)
+    source = copy.deepcopy(tiny)
+    for linear in source.adapted_linears() if teacher == "fixed" else ():
+        linear.B[1].data.zero_(), linear.B[2].data.zero_()
+    z_1, h_1 = source(**x)
     expected = {name: torch.zeros_like(p) for name, p in adapters.items()}
     U = feature_projections(space[-1].layers, 4, 16, 0)
     for phi in subnets:
@@ -342,13 +348,13 @@ def test_a_loss_that_is_not_finite_stops_before_any_weight_changes(tiny, poison)
 
 
 @pytest.mark.parametrize("stop", [(0, 2), (1, 1), (1, 3), (2, 2)])
-def test_a_resumed_run_ends_with_the_same_adapters(tmp_path, stop):
+@pytest.mark.parametrize("teacher", ["maxnet", "fixed"])
+def test_a_resumed_run_ends_with_the_same_adapters(tmp_path, stop, teacher):
     """Data, subnets and A_s depend on (seed, stage, step) alone; with AdamW's moments and U stored,
-    the bits are the same.
+    the bits are the same. A fixed teacher is what A_0, B_0 and the head make.
     """
-    hp, space = dataclasses.replace(HP, reorder=True, learn_u=True), configuration_space(
-        tiny_bert().maxnet
-    )
+    hp = dataclasses.replace(HP, reorder=True, learn_u=True, teacher=teacher)
+    space = configuration_space(tiny_bert().maxnet)
     whole, first, second = tiny_bert(), tiny_bert(), tiny_bert()
     for at in m.mlfs(whole, examples(), space, hp):
         pass
@@ -362,9 +368,25 @@ def test_a_resumed_run_ends_with_the_same_adapters(tmp_path, stop):
         assert torch.equal(t, second.trained_state()[name]), name
 
 
+def test_a_fixed_teacher_stays_as_stage_0_left_it(tiny):
+    """To the end its answers are those of stage 0's network, merged and apart; the subnets read
+    them with the same head; and none of its tensors is a second copy.
+    """
+    hp = dataclasses.replace(HP, reorder=True, teacher="fixed")
+    for at in m.mlfs(tiny, examples(), configuration_space(tiny.maxnet), hp):
+        if (at.stage, at.step, at.losses) == (1, 0, {}):
+            apart = tiny.extract(tiny.maxnet)
+    teacher = tiny.fix_teacher()
+    assert torch.allclose(teacher(**batch())[0], apart(**batch())[0], atol=1e-5)
+    assert not torch.allclose(tiny(**batch())[0], apart(**batch())[0], atol=1e-3)
+    assert teacher.classifier.weight is tiny.classifier.weight
+    assert {p.data_ptr() for p in teacher.parameters()} < {p.data_ptr() for p in tiny.parameters()}
+
+
 @pytest.mark.parametrize(
     "field, value",
     [
+        ("teacher", "someone"),
         ("rank", 0),
         ("alpha", 1.5),
         ("alpha", -0.1),

@@ -85,9 +85,12 @@ def test_the_gradient_by_hand_is_that_of_finite_differences(adapters, trained):
     assert torch.allclose(LowRankLinear.apply(*inputs), expected, atol=1e-12)
 
 
+@pytest.mark.parametrize("onednn", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_product_is_the_same_of_any_slice_or_transpose(dtype):
-    """Slices of both dimensions, transposed or not, small or not, of x and W: against float64."""
+def test_a_product_is_the_same_of_any_slice_or_transpose(dtype, onednn, monkeypatch):
+    """Slices of both dimensions, transposed or not, small or not, of x and W, on an Intel's kernel
+    and an AMD's: against float64."""
+    monkeypatch.setattr("model.ASK_ONEDNN", onednn and torch.backends.mkldnn.is_available())
     torch.manual_seed(0)
     for layout in range(32):
         size = 200 if layout & 16 else 30                            # of W, of 2^14 numbers or less
