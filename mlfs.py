@@ -669,7 +669,8 @@ def prepare(args: argparse.Namespace, given: dict) -> tuple[Run, dict | None]:
         "space": [evaluate.describe(model, phi) for phi in space],
         "device": args.device, "dtype": str(dtype).removeprefix("torch."),
         "processes": world, "threads": torch.get_num_threads(), "machine": platform.platform(),
-        "python": platform.python_version(), "torch": torch.__version__,
+        "processor": evaluate.device_name(args.device), "python": platform.python_version(),
+        "torch": torch.__version__,
         "seconds": [0.0] * 3, "start_scores": [0.0] * 3, "peak_memory": 0, "command": args.command,
     }
     if not rank:
