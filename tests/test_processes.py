@@ -43,7 +43,13 @@ def train(rank: int, world: int, family: str, folder: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mlfs, "add_up", spy)
         hp = mlfs.HyperParameters(
-            dtype="float32", batch_size=4, rank=2, epochs=(1, 1, 1), learning_rate=1e-4, seed=3
+            dtype="float32",
+            batch_size=4,
+            rank=2,
+            epochs=(1, 1, 1),
+            learning_rate=1e-4,
+            seed=3,
+            teacher="fixed" if family == "llama" else "maxnet",
         )
         space = mlfs.configuration_space(
             model.maxnet, (1, 0.5), (1, 0.5), (1, 0.5), model.head_group
