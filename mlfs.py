@@ -414,7 +414,7 @@ def mlfs(model: SuperTransformer, examples: data.Examples, space: list[SubnetCon
                 if phi == maxnet:                            # α = 0; z_1, h_1 are constants
                     loss = of_labels * output_loss(model, s, None, y, hp)                      # 11
                     s_1, h_1 = s.detach(), {l: h[l].detach() for l in U if l in h}  # stage 0: no h
-                    if fixed:
+                    if fixed:                                # an option: Sec. 4's, not Sec. 5's
                         with torch.no_grad():
                             s_1, h_1 = fixed.encode(**x, phi=maxnet)
                 else:                                        # (1-α) ℓ_task + α (ℓ_KD + ℓ_FD)

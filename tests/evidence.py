@@ -133,8 +133,8 @@ GROUPS = {
                {"sliced": "", "random": "--init random"}),
 }
 AGAINST = {"mlfs": "MLFS", "fixed-teacher-3e-3": "MLFS, teacher fixed, rate 3e-3",
-           "rank-32": "MLFS, r = 32", "supernet": "full-parameter supernet", "alone": "each alone, in full",
-           "alone-low-rank": "each alone, low-rank"}
+           "rank-32": "MLFS, r = 32", "supernet": "full-parameter supernet",
+           "alone": "each alone, in full", "alone-low-rank": "each alone, low-rank"}
 VARIANTS = {
     "mlfs": "the defaults (App. A: γ = 1, r = 8, learning rate 1e-3)",
     "gamma-0": "γ = 0", "gamma-2": "γ = 2",
