@@ -755,8 +755,8 @@ def train(run: Run, resume: dict | None) -> int:
                                   f"training data the maxnet's {metric} went from "
                                   f"{evaluate.show(metric, start_score)} to "
                                   f"{evaluate.show(metric, score)}, and its students follow it; a "
-                                  f"lower --learning-rate or --clip, or --teacher fixed, helps",
-                                  file=sys.stderr)
+                                  f"lower --learning-rate or --clip helps, or, with low-rank "
+                                  f"adapters, --teacher fixed", file=sys.stderr)
                 if at.step == at.steps:
                     bar.close()
                     run.measure(f"stage {at.stage}" if at.stage else "sliced teacher")
