@@ -31,12 +31,12 @@ DOWNLOADS = Path(__file__).parent / "weights"        # checkpoints and data sets
 class Task(NamedTuple):
     """A row of the table. Columns are header names, or numbers where the file has no header."""
     folder: str
-    archive: str
+    archive: str                                     # at GLUE_URL; "" is a task of your own
     dev: tuple[str, ...]                             # MNLI has two: matched and mismatched
     sentences: tuple[str | int, ...]                 # one column, or two for a pair
     label: str | int
     labels: tuple[str, ...]                          # () is regression
-    metrics: tuple[str, ...]                         # the first is the score
+    metrics: tuple[str, ...]                         # first: the score; f1, matthews: two classes
 
 
 DEV, PAIR = ("dev.tsv",), ("sentence1", "sentence2")
@@ -48,7 +48,8 @@ MOOD = ("negative", "positive")
 GLUE = {
     "cola": Task("CoLA", "CoLA.zip", DEV, (3,), 1, ("0", "1"), ("matthews",)),
     "sst2": Task("SST-2", "SST-2.zip", DEV, ("sentence",), "label", MOOD, ACC),
-    "mrpc": Task("MRPC", "", DEV, ("#1 String", "#2 String"), "Quality", DUPLICATE, ACC_F1),
+    "mrpc": Task("MRPC", "mrpc_dev_ids.tsv", DEV, ("#1 String", "#2 String"), "Quality", DUPLICATE,
+                 ACC_F1),
     "stsb": Task("STS-B", "STS-B.zip", DEV, PAIR, "score", (), CORRELATIONS),
     "qqp": Task("QQP", "QQP-clean.zip", DEV, ("question1", "question2"), "is_duplicate", DUPLICATE,
                 ACC_F1),
@@ -56,6 +57,7 @@ GLUE = {
     "qnli": Task("QNLI", "QNLIv2.zip", DEV, ("question", "sentence"), "label", ENTAILMENT, ACC),
     "rte": Task("RTE", "RTE.zip", DEV, PAIR, "label", ENTAILMENT, ACC),
     "wnli": Task("WNLI", "WNLI.zip", DEV, PAIR, "label", ("0", "1"), ACC),
+    # your own, say: "mail": Task("mail", "", DEV, ("text",), "kind", ("ham", "spam"), ACC_F1),
 }
 TASKS = GLUE | {"toy": Task("", "", DEV, (), "", MOOD, ACC),
                 "python": Task("", "", DEV, (), "", (), ("loss",))}      # the next token, in nats
@@ -81,9 +83,9 @@ def load_glue(task: str, split: str, folder: str | Path) -> Rows:
     path = Path(folder) / row.folder
     path /= "train.tsv" if split == "train" else row.dev[split == "dev_mismatched"]
     if not path.exists():
-        raise FileNotFoundError(f"{task}: there is no {path}; get it with `python mlfs.py --task "
-                                f"{task}` where there is network, or name the folder that holds "
-                                f"{row.folder}/ with --data-dir")
+        get = f"get it with `python mlfs.py --task {task}` where there is network, or "
+        raise FileNotFoundError(f"{task}: there is no {path}; {get if row.archive else ''}name the "
+                                f"folder that holds {row.folder}/ with --data-dir")
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -209,6 +211,8 @@ def download_glue(task: str, folder: Path) -> None:
     Raises OSError if it cannot be had whole; never leaves a partial file.
     """
     row, target = GLUE[task], Path(folder) / GLUE[task].folder
+    if not row.archive:
+        raise OSError(f"{task} is not one of GLUE's tasks")
     target.mkdir(parents=True, exist_ok=True)
     patience = socket.getdefaulttimeout()
     with tempfile.TemporaryDirectory(dir=target) as scratch:
@@ -222,13 +226,13 @@ def download_glue(task: str, folder: Path) -> None:
             return path
 
         try:
-            if row.archive:
-                with zipfile.ZipFile(fetch(GLUE_URL + row.archive)) as archive:
+            first = fetch(GLUE_URL + row.archive)
+            if task == "mrpc":
+                files = split_mrpc(fetch(MRPC_URL).read_bytes(), first.read_bytes())
+            else:
+                with zipfile.ZipFile(first) as archive:
                     files = {name: archive.read(f"{row.folder}/{name}")       # checks its digest
                              for name in ("train.tsv", *row.dev)}
-            else:
-                ids = fetch(GLUE_URL + "mrpc_dev_ids.tsv")
-                files = split_mrpc(fetch(MRPC_URL).read_bytes(), ids.read_bytes())
         except (zipfile.BadZipFile, zlib.error, EOFError, HTTPException, KeyError,
                 ValueError) as error:
             raise OSError(f"the download of {task} is not whole: {error}") from None
@@ -282,7 +286,8 @@ def find_inputs(task: str, model: Path | None,
     is missing, where it was looked for, and how to get it.
     """
     if task not in TASKS:
-        raise ValueError(f"unknown task {task!r}; choose from {', '.join(TASKS)}")
+        raise ValueError(f"unknown task {task!r}; choose from {', '.join(TASKS)}; a task "
+                         f"of your own is one more row of the table in data.py")
     if model and not (model / "config.json").exists():
         raise FileNotFoundError(f"--model: there is no {model / 'config.json'}; weights/README.md "
                                 f"tells how to get a checkpoint")
@@ -307,7 +312,7 @@ def find_inputs(task: str, model: Path | None,
         if not data_dir and not all((place / name).exists() for name in ("train.tsv", *row.dev)):
             download_glue(task, glue)
     except OSError as error:
-        if model or data_dir:
+        if model or data_dir or not row.archive:
             raise FileNotFoundError(f"{missing} is not in {place} and could not be downloaded "
                                     f"({error}); put it there, or name its folder with "
                                     f"{option}") from None

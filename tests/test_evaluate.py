@@ -244,6 +244,34 @@ def test_a_toy_run_marks_every_file(tmp_path, monkeypatch):
         assert b"TOY RUN" in (tmp_path / name).read_bytes(), name
 
 
+def test_a_task_of_your_own_is_one_more_row_of_the_table(tmp_path, monkeypatch, capsys):
+    """Three classes in files that GLUE has not: learned, answered by name, never downloaded."""
+    row = data.Task("moods", "", data.DEV, ("text",), "mood", ("bad", "fair", "good"), data.ACC)
+    monkeypatch.setitem(data.GLUE, "moods", row)
+    monkeypatch.setitem(data.TASKS, "moods", row)
+    monkeypatch.setattr(data, "download_model", lambda name, folder: None)
+    code, message = exit_code(["--task", "moods"], capsys)
+    assert code == 2 and "the data of moods is not in" in message and "--data-dir" in message
+    assert not (data.DOWNLOADS / "glue" / "moods").exists()
+    command = ["--task", "moods", "--model", str(data.DOWNLOADS / "toy"), "--epochs", "12,0,0"]
+    command += ["--data-dir", str(tmp_path), "--widths", "1", "--depths", "1", "--out"]
+    code, message = exit_code([*command, str(tmp_path / "run")], capsys)
+    assert code == 2 and "moods/train.tsv; name the folder that holds moods/" in message
+    words = {"bad": "awful", "fair": "nice", "good": "superb"}
+    (tmp_path / "moods").mkdir()
+    for name, nouns in (("train", data.NOUNS[:12]), ("dev", data.NOUNS[12:])):
+        lines = [
+            f"{mood}\tthe {noun} is {word} ." for noun in nouns for mood, word in words.items()
+        ]
+        (tmp_path / "moods" / f"{name}.tsv").write_text("\n".join(["mood\ttext", *lines]))
+    assert mlfs.main([*command, str(tmp_path / "run"), "--batch-size", "8"]) == 0
+    capsys.readouterr()
+    for mood, word in words.items():
+        text = f"the hero is {word} ."
+        assert evaluate.main([str(tmp_path / "run"), "--subnet", "w1-d4", "--predict", text]) == 0
+        assert capsys.readouterr().out.split("\t")[0] == mood
+
+
 @pytest.mark.parametrize(
     "spoil, words",
     [
