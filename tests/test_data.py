@@ -2,6 +2,7 @@
 
 import json
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -317,22 +318,22 @@ def test_a_download_is_unpacked_whole_or_not_at_all(tmp_path, monkeypatch):
     assert data.load_glue("sst2", "train", tmp_path / "glue").texts == [("good",)]
 
 
-def test_mrpc_is_split_by_the_list_of_dev_ids():
+def test_mrpc_is_split_by_the_list_of_dev_ids(tmp_path, monkeypatch):
     lines = [f"1\t{i}\t{i + 1}\tone {i}\ttwo" for i in range(4076)]
     corpus = "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\r\n" + "\r\n".join(lines) + "\r\n"
-    parts = data.split_mrpc(
-        corpus.encode(), "".join(f"{i}\t{i + 1}\r\n" for i in range(0, 816, 2)).encode()
+    ids = "".join(f"{i}\t{i + 1}\r\n" for i in range(0, 816, 2))
+    served = {data.GLUE_URL + "mrpc_dev_ids.tsv": ids, data.MRPC_URL: corpus}
+    monkeypatch.setattr(
+        torch.hub,
+        "download_url_to_file",
+        lambda url, path: Path(path).write_bytes(served[url].encode()),
     )
-    assert (
-        parts["dev.tsv"].count(b"\n") == 409
-        and b"one 814\t" in parts["dev.tsv"]
-        and b"one 815\t" in parts["train.tsv"]
-    )
+    data.download_glue("mrpc", tmp_path)
+    dev, train = ((tmp_path / "MRPC" / f"{name}.tsv").read_bytes() for name in ("dev", "train"))
+    assert dev.count(b"\n") == 409 and b"one 814\t" in dev and b"one 815\t" in train
+    assert data.load_glue("mrpc", "dev", tmp_path).texts[-1] == ("one 814", "two")
     with pytest.raises(ValueError, match="3667 train"):
-        data.split_mrpc(
-            corpus.replace("\r\n" + lines[-1], "").encode(),
-            "".join(f"{i}\t{i + 1}\n" for i in range(0, 816, 2)).encode(),
-        )
+        data.split_mrpc(corpus.replace("\r\n" + lines[-1], "").encode(), ids.encode())
 
 
 # ----------------------------------------------------------------------------------------- the toy
