@@ -77,7 +77,7 @@ class Rows(NamedTuple):
 def load_glue(task: str, split: str, folder: str | Path) -> Rows:
     """Split "train", "dev" or (MNLI) "dev_mismatched" of `folder`/TASK/*.tsv.
 
-    Labels may be words or digits. Raises FileNotFoundError, or ValueError naming file and line.
+    Labels may be words, or their numbers from 0. Raises FileNotFoundError, or ValueError naming file and line.
     """
     row = GLUE[task]
     path = Path(folder) / row.folder
@@ -101,7 +101,9 @@ def load_glue(task: str, split: str, folder: str | Path) -> Rows:
                 raise ValueError(f"{path}, line 1: there is no column {column!r}; the header has "
                                  f"{', '.join(map(repr, header[:20]))[:200]}")
         columns = tuple(header.index(column) for column in columns)
-    classes = {str(i): i for i in range(len(row.labels))} | {w: i for i, w in enumerate(row.labels)}
+    classes = {word: i for i, word in enumerate(row.labels)}
+    if not any(word.isdigit() for word in row.labels):               # then digits name classes, too
+        classes |= {str(i): i for i in range(len(row.labels))}
     texts, labels = [], []
     for number, line in enumerate(lines[start:], start + 1):
         cells = line.split("\t")
@@ -294,6 +296,9 @@ def find_inputs(task: str, model: Path | None,
     toy, bert = DOWNLOADS / "toy", DOWNLOADS / "bert-base-uncased"
     glue = data_dir or DOWNLOADS / "glue"
     if task == "toy":
+        if data_dir:
+            raise ValueError(f"--data-dir {data_dir}: the toy's sentences are generated; name the "
+                             f"--task that these data are of")
         return task, model or toy, glue, ""
     if task == "python":                             # by default, this Python's standard library
         coder = model or DOWNLOADS / "santacoder"
@@ -508,7 +513,8 @@ def batches(examples: Examples, batch_size: int, seed: int | tuple[int, ...] | N
 
     T is the longest of the batch; mask (1 where a token is real) is None when nothing is padded.
     seed None: by length. Else each example once, in an order that depends on the seed alone:
-    shuffled, sorted by length within stretches of 50 batches, and the batches shuffled again.
+    shuffled, sorted by length within stretches of 50 batches, and the batches shuffled again (ours:
+    Eqs. 1 and 5 draw uniformly; this pads less).
     """
     lengths = np.array([len(x) for x in examples.ids])
     if seed is None:

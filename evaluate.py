@@ -111,7 +111,7 @@ def predict(model: SuperTransformer, phi: SubnetConfig, examples: data.Examples,
     """Predicted classes (or scores) and their labels, shortest example first."""
     device, outputs, labels = next(model.parameters()).device, [], []
     for x, y in data.batches(examples, batch_size, device=device):
-        z, _ = model(**x, phi=phi)                                               # (B, C)
+        z, _ = model(**x, phi=phi, features=())                                  # (B, C)
         outputs.append(z.argmax(-1) if z.size(-1) > 1 else z[:, 0])
         labels.append(y)
     return torch.cat(outputs).cpu().numpy(), torch.cat(labels).cpu().numpy()
@@ -123,7 +123,7 @@ def next_token_losses(model: SuperTransformer, phi: SubnetConfig, examples: data
     """Cross-entropy in nats per next token, mean over each window (M,)."""
     device, means = next(model.parameters()).device, []
     for x, y in data.batches(examples, batch_size, device=device):
-        s, _ = model.encode(**x, phi=phi, features=False)                        # (B, T, H)
+        s, _ = model.encode(**x, phi=phi)                                        # (B, T, H)
         for states, targets in zip(s, y):                    # one window's logits (T, V) at a time
             means.append(F.cross_entropy(model.logits(states), targets, ignore_index=data.IGNORED))
     return torch.stack(means).cpu().numpy()
@@ -191,8 +191,8 @@ def latency(model: SuperTransformer, space: list[SubnetConfig], batch_size: int 
         for phi in space:
             small = model.extract(phi)                               # one copy at a time
             for run in range(-1, runs):
-                for key, form in (("latency_ms", lambda: small(ids)),
-                                  ("slice_ms", lambda: model(ids, None, phi))):
+                for key, form in (("latency_ms", lambda: small(ids, features=())),
+                                  ("slice_ms", lambda: model(ids, None, phi, features=()))):
                     wait(device)
                     start = time.perf_counter()
                     form()
@@ -275,21 +275,14 @@ def cell(row: dict, key: str, first: dict, metric: str) -> str:
 COLUMNS = {"name": "subnet", "parameters": "parameters", "encoder_parameters": "encoder"}
 
 
-def final_table(rows: list[dict], metric: str) -> str:
-    """The palette with a column for each moment that was measured, oldest first, the standard error
-    of the last, and the task's other metrics then."""
-    moments = {moment: moment for moment in rows[0].get("history", {})} or {"score": "score"}
-    flat = [row | row.get("history", {}) for row in rows]
+def final_table(rows: list[dict], metric: str, last: int = 0) -> str:
+    """The palette with a column for each of the `last` moments that were measured (0: for all),
+    oldest first, the standard error of the last, and the task's other metrics then."""
+    moments = [*rows[0].get("history", ["score"])][-last:]
     others = [key for key in rows[0] if key in (*METRICS, "accuracy_mismatched")][1:]
-    columns = COLUMNS | moments | {"stderr": "± s.e."} | {key: key for key in others}
-    return table(flat, columns, metric)
-
-
-def stage_table(rows: list[dict], metric: str) -> str:
-    """The palette before and after the stage that has just ended."""
-    moments = {moment: moment for moment in list(rows[0]["history"])[-2:]}
-    columns = COLUMNS | moments | {"stderr": "± s.e."}
-    return table([row | row["history"] for row in rows], columns, metric)
+    columns = COLUMNS | {key: key for key in moments} | {"stderr": "± s.e."}
+    columns |= {key: key for key in others}
+    return table([row | row.get("history", {}) for row in rows], columns, metric)
 
 
 def palette_table(rows: list[dict], metric: str) -> str:
@@ -482,7 +475,7 @@ def export_onnx(small: SuperTransformer, path: Path) -> str:
 
         def forward(self, input_ids, attention_mask, token_type_ids=None):
             more = {} if token_type_ids is None else {"segments": token_type_ids}
-            return self.model(input_ids, attention_mask, **more)[0]
+            return self.model(input_ids, attention_mask, features=(), **more)[0]
 
     decoder = isinstance(small, Decoder)
     names = ["input_ids", "attention_mask", "token_type_ids"][:2 if decoder else 3]
@@ -567,7 +560,7 @@ def answer(model: SuperTransformer, phi: SubnetConfig, tokenizer: Tokenizer, tas
     rows = data.Rows([sentences], np.zeros(1, dtype=np.int64))
     device = next(model.parameters()).device
     (x, _), = data.batches(data.encode(tokenizer, rows, max_length), 1, device=device)
-    z = model(**x, phi=phi)[0][0]                                            # (C,)
+    z = model(**x, phi=phi, features=())[0][0]                               # (C,)
     if not task.labels:
         return f"{z.item():.3f}"
     p = z.softmax(-1).tolist()
@@ -605,7 +598,7 @@ def generate(model: SuperTransformer, tokenizer: Tokenizer, prompts: list[str],
     new: list[list[int]] = [[] for _ in prompts]
     running, longest = set(range(len(prompts))), max(map(len, stop), default=0)
     for S in range(P, total):
-        s, _ = model.encode(ids, mask[:, :S] if padded else None, phi, cache, features=False)
+        s, _ = model.encode(ids, mask[:, :S] if padded else None, phi, cache)
         z = model.logits(s[:, -1])                                           # (B, V)
         greedy = temperature == 0
         ids = z.argmax(-1, keepdim=True) if greedy else sample(z / temperature, top_p, draws)
@@ -1030,11 +1023,12 @@ def fill(model: SuperTransformer, path: Path, state: dict[str, torch.Tensor]) ->
 
 
 def keep_log(path: Path, resume: dict | None) -> None:
-    """Drop the lines logged after the checkpoint: they will be written again."""
+    """Drop the lines that will be written again: of a stage's start (step 0), or later ones."""
     def kept(line: str) -> bool:
         try:
             entry = json.loads(line)
-            return (entry["stage"], entry["step"]) <= position
+            at = entry["stage"], entry["step"]
+            return at < position or at == position and position[1] > 0
         except (ValueError, KeyError, TypeError, RecursionError):    # a line cut off by a crash
             return False
 
@@ -1389,20 +1383,23 @@ def print_predictions(args: argparse.Namespace, run: dict, model: SuperTransform
                       phi: SubnetConfig, tokenizer: Tokenizer) -> None:
     """--predict: a line for TEXT or for each line of standard input, as soon as it is there."""
     task, decoder = data.TASKS[run["task"]], isinstance(model, Decoder)
-    small, most = model.extract(phi).pack() if decoder else model, run["hyper_parameters"]
-    if args.predict == "-" and sys.stdin is None:
+    small, max_length = model, run["hyper_parameters"]["max_length"]
+    if decoder:
+        small = model.extract(phi).pack()
+    stdin = args.predict == "-"
+    if stdin and sys.stdin is None:
         raise ValueError("--predict: standard input is closed")
-    texts = sys.stdin.buffer if args.predict == "-" else [args.predict.encode()]
+    texts = sys.stdin.buffer if stdin else [args.predict.encode()]
     for number, line in enumerate(texts, 1):
         try:
-            text = line.decode().rstrip("\r\n") if args.predict == "-" else args.predict
+            text = line.decode().rstrip("\r\n") if stdin else args.predict
             if decoder:
                 said = text + generate(small, tokenizer, [text], args.max_new_tokens,
                                        args.temperature, args.top_p)[0]
             else:
-                said = answer(model, phi, tokenizer, task, text, most["max_length"])
+                said = answer(model, phi, tokenizer, task, text, max_length)
         except ValueError as error:
-            where = f"standard input, line {number}: " if args.predict == "-" else ""
+            where = f"standard input, line {number}: " if stdin else ""
             what = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else error
             raise ValueError(f"{where}{what}") from None
         print(said, flush=True)

@@ -1,6 +1,6 @@
 """Multistage Low-rank Fine-tuning of Super-transformers (Kundu et al., NAACL 2024).
 
-    python mlfs.py                      # the built-in toy: no download, 2 to 4 minutes
+    python mlfs.py                      # the built-in toy: no download, 2 to 3 minutes
     python mlfs.py --task sst2          # BERT-base on SST-2
     python mlfs.py --task python        # SantaCoder on Python code
 
@@ -93,25 +93,18 @@ class HyperParameters:
                          ("auto", "float32", "bfloat16"))
 
     def __post_init__(self):
-        rules = {
-            "rank must be at least 1": self.rank >= 1,
+        least = {"rank": 1, "beta": 0, "temperature": 1, "d_low": 1, "batch_size": 1, "clip": 0,
+                 "max_length": 4, "num_subnets": 1, "train_examples": 0, "dev_examples": 0,
+                 "validate_every": 0}
+        rules = {f"{name} must be at least {n}": getattr(self, name) >= n
+                 for name, n in least.items()} | {
             "alpha must lie in [0, 1]": 0 <= self.alpha <= 1,
-            "beta must be at least 0": self.beta >= 0,
-            "gamma must be at least 0": self.gamma >= 0,
-            "temperature must be at least 1": self.temperature >= 1,
-            "d_low must be at least 1": self.d_low >= 1,
+            "gamma must lie in [0, 10]": 0 <= self.gamma <= 10,
             "epochs must be three whole numbers from 0 on":
                 len(self.epochs) == 3 and min(self.epochs) >= 0,
-            "batch_size must be at least 1": self.batch_size >= 1,
             "learning_rate must be above 0": self.learning_rate > 0,
             "warmup must lie in [0, 1)": 0 <= self.warmup < 1,
-            "clip must be at least 0": self.clip >= 0,
-            "max_length must be at least 4": self.max_length >= 4,
-            "num_subnets must be at least 1": self.num_subnets >= 1,
             "seed must lie in [0, 2^32)": 0 <= self.seed < 2 ** 32,
-            "train_examples must be at least 0": self.train_examples >= 0,
-            "dev_examples must be at least 0": self.dev_examples >= 0,
-            "validate_every must be at least 0": self.validate_every >= 0,
             "dtype must be auto or float32 with --adapters full":
                 self.adapters == "low-rank" or self.dtype != "bfloat16",
             "teacher must be maxnet with --adapters full":
@@ -167,32 +160,39 @@ def outside_in(layers: tuple[int, ...]) -> tuple[int, ...]:
 def configuration_space(maxnet: SubnetConfig, widths: Iterable[float] = (1, 0.75, 0.5),
                         depths: Iterable[float] = (1, 0.75, 0.5),
                         hidden: Iterable[float] = (1,), head_group: int = 1,
-                        depth_order: Callable = depth_order) -> list[SubnetConfig]:
+                        order: Callable = depth_order) -> list[SubnetConfig]:
     """𝒜 (Sec. 4), all combinations: the first is the maxnet Φ_1, the last the minnet Φ_min.
 
     Width shares heads (in whole groups of head_group) and FFN neurons; depth shares layers (halves
-    round down), nested so that every Φ contains the minnet's; hidden shares the embedding
-    dimension. A share of 1 is always in. Raises ValueError for a share that this model cannot take.
+    round down), kept in that order, so that every Φ contains the minnet's; hidden shares the
+    embedding dimension. A share of 1 is always in. Raises ValueError for a share that this model
+    cannot take, and for two that get one name.
     """
-    def part(share: float, whole: int, what: str) -> int:
+    def part(share: float, whole: int, what: str, exact: bool = False) -> int:
         number = math.ceil(share * whole - 0.5) if 0 < share <= 1 else 0
-        if number < 1 or ("heads" in what and abs(number - share * whole) > 0.01):
+        if number < 1 or (exact and abs(number - share * whole) > 0.01):
             raise ValueError(f"a share of {share:g} is not possible: this model has {whole} "
                              f"{what}, and {share:g} x {whole} = {share * whole:g} is not a whole "
                              f"number of them from 1 to {whole}")
         return number
 
-    space, order = [], depth_order(maxnet.layers)
+    space, layers_in_order = [], order(maxnet.layers)
     descending = (sorted({1.0, *shares}, reverse=True) for shares in (hidden, widths, depths))
     for h, w, d in itertools.product(*descending):
         size = part(h, maxnet.hidden_size, "hidden dimensions")
         groups, what = maxnet.num_attention_heads // head_group, f"groups of {head_group} heads"
-        heads = part(w, groups, what if head_group > 1 else "heads") * head_group
+        heads = part(w, groups, what if head_group > 1 else "heads", exact=True) * head_group
         neurons = part(w, maxnet.intermediate_size, "FFN neurons")
-        layers = tuple(sorted(order[:part(d, len(order), "layers")]))
+        depth = part(d, len(maxnet.layers), "layers")
+        layers = tuple(sorted(layers_in_order[:depth]))
         name = f"w{w:.3g}-d{len(layers)}" + (f"-h{size}" if h < 1 else "")
         space.append(SubnetConfig(size, heads, neurons, layers, name))
-    return list(dict.fromkeys(space))                        # two shares may round to one depth
+    space = list(dict.fromkeys(space))                       # two shares may round to one depth
+    names = [phi.name for phi in space]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"two subnets would be called {twice[0]}: give shares that differ in "
+                         f"their first three digits")
+    return space
 
 
 def nested(depth: int, kept: int) -> tuple[int, ...]:
@@ -286,7 +286,8 @@ def output_loss(model: SuperTransformer, s_j: Tensor, s_1: Tensor | None, y: Ten
                 hp: HyperParameters, logits: int = 2 ** 22) -> Tensor:
     """(1-α) ℓ_task + α ℓ_KD from last states s_j, s_1 (B, H) or (B, T, H); s_1 None: α is 0.
 
-    Only so many logits are alive at a time (`InChunks`); the sum is that of one chunk.
+    Only so many logits are alive at a time (`InChunks`): each chunk's mean is weighted by its share
+    of the rows, so that they add up to the mean over all.
     """
     if y.dim() > 1:                                  # each position that has a next token is a row
         real = y != data.IGNORED
@@ -308,7 +309,10 @@ def output_loss(model: SuperTransformer, s_j: Tensor, s_1: Tensor | None, y: Ten
 
 def feature_projections(layers: Iterable[int], d_low: int, hidden_size: int,
                         seed: int) -> dict[int, Tensor]:
-    """U_1^l (d_low, d_1) with random orthonormal rows, for each layer of g_min (Sec. 5)."""
+    """U_1^l (d_low, d_1), for each layer of g_min (Sec. 5): at most hidden_size rows.
+
+    Drawn, orthonormal and fixed (ours): the paper learns U, whose free optimum is U = 0.
+    """
     generator, d_low = torch.Generator().manual_seed(seed), min(d_low, hidden_size)
     draw = lambda: torch.randn(hidden_size, d_low, generator=generator)
     return {l: torch.linalg.qr(draw())[0].T.contiguous() for l in layers}
@@ -327,7 +331,8 @@ def fd_loss(h_j: dict[int, Tensor], h_1: dict[int, Tensor], U: dict[int, Tensor]
     """ℓ_FD = Σ_l β_l ‖U_j^l h_j^l - U_1^l h_1^g(l)‖² (Sec. 5); h (B, T, d) keyed by maxnet layer.
 
     l runs over the minnet's layers g_min(l), the keys of U; U_j^l = U_1^l[:, :d_j] (Eq. 11).
-    Mean over real tokens (mask (B, T); None: all) and over d_low; fd_sum sums over d_low.
+    Mean over real tokens (mask (B, T); None: all) and over d_low (ours: printed is the sum, which
+    drowns ℓ_KD); fd_sum sums over d_low.
     """
     loss = torch.zeros((), device=next(iter(h_1.values())).device)
     for l, U_1 in U.items():
@@ -340,7 +345,8 @@ def fd_loss(h_j: dict[int, Tensor], h_1: dict[int, Tensor], U: dict[int, Tensor]
 
 def importance(model: SuperTransformer, examples: data.Examples,
                hp: HyperParameters) -> dict[str, Tensor]:
-    """|∂ℓ_task/∂ξ| of a gate ξ = 1 on each head and FFN neuron, summed over 64 batches of TRAIN.
+    """|∂ℓ_task/∂ξ| of a gate ξ = 1 on each head and FFN neuron, summed over TRAIN batches: at most
+    64, of at most 32 examples.
 
     With y = W (ξ ⊙ x), ∂ℓ/∂ξ_i = Σ_o W_oi ∂ℓ/∂W_oi: the gradient of the matrix that reads heads or
     neurons is enough. As DynaBERT's (Hou et al., 2020), but on TRAIN. Keys as in `reorder`.
@@ -353,7 +359,7 @@ def importance(model: SuperTransformer, examples: data.Examples,
     scores, size = dict.fromkeys(readers, 0.0), min(32, hp.batch_size)
     rows = np.random.default_rng(hp.seed).permutation(len(examples.ids))[:64 * size]
     for x, y in data.batches(examples.take(rows), size, seed=hp.seed, device=device):
-        s, _ = model.encode(**x, phi=model.maxnet, features=False)
+        s, _ = model.encode(**x, phi=model.maxnet)
         gradients = torch.autograd.grad(output_loss(model, s, None, y, hp), list(readers.values()))
         for (key, W), dW in zip(readers.items(), gradients):
             gate = (W.detach().float() * dW.float()).sum(0)                      # (N·D,) or (F,)
@@ -410,13 +416,13 @@ def mlfs(model: SuperTransformer, examples: data.Examples, space: list[SubnetCon
             x, y, of_labels, of_tokens = my_share(*batch)    # all of it, 1 and 1, but in torchrun
             subnets = sample_sub_transformers(space, stage, hp.num_subnets, seed)              # 6
             for phi in subnets:                                                                # 7
-                s, h = model.encode(**x, phi=phi, features=stage > 0)      # Π_Φ(W_Sup)    # 5,8,10
+                s, h = model.encode(**x, phi=phi, features=U if stage else ())         # 5,8,10
                 if phi == maxnet:                            # α = 0; z_1, h_1 are constants
                     loss = of_labels * output_loss(model, s, None, y, hp)                      # 11
-                    s_1, h_1 = s.detach(), {l: h[l].detach() for l in U if l in h}  # stage 0: no h
+                    s_1, h_1 = s.detach(), {l: t.detach() for l, t in h.items()}
                     if fixed:                                # an option: Sec. 4's, not Sec. 5's
                         with torch.no_grad():
-                            s_1, h_1 = fixed.encode(**x, phi=maxnet)
+                            s_1, h_1 = fixed.encode(**x, phi=maxnet, features=U)
                 else:                                        # (1-α) ℓ_task + α (ℓ_KD + ℓ_FD)
                     fd = of_tokens * fd_loss(h, h_1, U, hp.beta, x["mask"], hp.fd_sum)
                     loss = of_labels * output_loss(model, s, s_1, y, hp) + hp.alpha * fd       # 12
@@ -581,9 +587,9 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, dict]:
         elif isinstance(default, tuple):
             def numbers(text: str, kind=type(default[0])) -> tuple:      # 2/3 is a share, too
                 try:
-                    return tuple(kind(Fraction(part)) if kind is float else kind(part)
+                    return tuple(kind(Fraction(part) if "/" in part and kind is float else part)
                                  for part in text.split(","))
-                except ZeroDivisionError as error:
+                except ArithmeticError as error:
                     raise ValueError(text) from error
             options |= {"type": numbers, "metavar": "A,B,C"}
         else:
@@ -634,20 +640,13 @@ def prepare(args: argparse.Namespace, given: dict) -> tuple[Run, dict | None]:
         raise ValueError(f"max_length {hp.max_length} exceeds the {positions} positions of "
                          f"{model_folder}")
     hp = dataclasses.replace(hp, max_length=min(hp.max_length, positions))
+    if hp.rank > model.config["hidden_size"]:
+        raise ValueError(f"rank {hp.rank} exceeds the hidden size {model.config['hidden_size']} of "
+                         f"{model_folder}")
     if hp.batch_size < world:
         raise ValueError(f"--batch-size {hp.batch_size} is shared by {world} processes: one row "
                          f"each, at least")
-    if hp.subnets == "grid":
-        space = configuration_space(model.maxnet, hp.widths, hp.depths, hp.hidden, model.head_group,
-                                    outside_in if isinstance(model, Decoder) else depth_order)
-    else:
-        space = SUBNETS[hp.subnets]
-        if space[0] != model.maxnet:
-            raise ValueError(f"--subnets {hp.subnets} is not for {model_folder}: that is a model "
-                             f"of {model.maxnet.name}, hidden size {model.maxnet.hidden_size}, not "
-                             f"{space[0].name}, {space[0].hidden_size}")
-        if shares := [key for key in ("widths", "depths", "hidden") if key in given]:
-            raise ValueError(f"--{shares[0]} and --subnets {hp.subnets} contradict each other")
+    space = choose_space(hp, given, model, model_folder)
     tokenizer = data.load_tokenizer(model_folder, model.config["vocab_size"])
     rows = data.load_task(name, data_folder)
     splits = {split: data.encode(tokenizer, part, hp.max_length) for split, part in rows.items()}
@@ -683,6 +682,23 @@ def prepare(args: argparse.Namespace, given: dict) -> tuple[Run, dict | None]:
                splits, rows), resume
 
 
+def choose_space(hp: HyperParameters, given: dict, model: SuperTransformer,
+                 folder: Path) -> list[SubnetConfig]:
+    """𝒜: the grid of the shares, or the subnets of a table, if this is the table's model."""
+    if hp.subnets == "grid":
+        order = outside_in if isinstance(model, Decoder) else depth_order
+        return configuration_space(model.maxnet, hp.widths, hp.depths, hp.hidden, model.head_group,
+                                   order)
+    space = SUBNETS[hp.subnets]
+    if space[0] != model.maxnet:
+        raise ValueError(f"--subnets {hp.subnets} is not for {folder}: that is a model of "
+                         f"{model.maxnet.name}, hidden size {model.maxnet.hidden_size}, not "
+                         f"{space[0].name}, {space[0].hidden_size}")
+    if shares := [key for key in ("widths", "depths", "hidden") if key in given]:
+        raise ValueError(f"--{shares[0]} and --subnets {hp.subnets} contradict each other")
+    return space
+
+
 def pick_dtype(hp: HyperParameters, device: str) -> torch.dtype:
     """auto: bfloat16 where the hardware multiplies it natively; weights that are trained: float32.
 
@@ -697,12 +713,14 @@ def pick_dtype(hp: HyperParameters, device: str) -> torch.dtype:
 
 @contextmanager
 def stoppable() -> Iterator[list[int]]:
-    """Yields a list, to which SIGINT or SIGTERM adds its number; a second one stops at once."""
+    """Yields a list, to which SIGINT or SIGTERM adds its number; a second one stops at once (under
+    torchrun it is ignored: a Ctrl-C comes twice there, and in the end SIGKILL)."""
     stopped: list[int] = []
 
     def stop(number: int, frame) -> None:
         stopped.append(number)
-        signal.signal(number, signal.default_int_handler)
+        if processes()[1] == 1:
+            signal.signal(number, signal.default_int_handler)
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -710,6 +728,16 @@ def stoppable() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def told_to_stop(stopped: list[int], device: str) -> int:
+    """The signal that came, to any process (0: none): all leave after one and the same iteration."""
+    number = stopped[0] if stopped else 0
+    if processes()[1] > 1:
+        shared = torch.tensor(number, device=device)
+        dist.all_reduce(shared, dist.ReduceOp.MAX)
+        number = int(shared)
+    return number
 
 
 def train(run: Run, resume: dict | None) -> int:
@@ -725,6 +753,7 @@ def train(run: Run, resume: dict | None) -> int:
             file.flush()
 
         for at in mlfs(run.model, run.train, run.space, hp, resume):
+            stop = told_to_stop(stopped, settings["device"])
             if not at.losses:                                        # a stage begins, or goes on
                 if at.stage == 1 and at.step == 0 and hp.reorder:
                     run.measure("reordered")
@@ -741,10 +770,10 @@ def train(run: Run, resume: dict | None) -> int:
                 bar.set_postfix_str(text, refresh=False)
                 if at.step % 10 == 0 or at.step == at.steps:
                     log(at, loss=at.losses, gradient_norm=at.norm, learning_rate=at.rate)
-            fresh = at.losses or at.step == 0                        # not a stage gone on with
+            fresh = at.losses or at.step == 0                        # not what a checkpoint repeats
             if fresh and hp.validate_every and at.step % hp.validate_every == 0:
                 log(at, validation=run.validate())
-            if at.step == at.steps or stopped or (at.losses and at.step % 200 == 0):
+            if at.step == at.steps or stop or (at.losses and at.step % 200 == 0):
                 settings["seconds"][at.stage] += time.monotonic() - started
                 if at.stage > 0 and fresh:
                     score = run.held_out_score()
@@ -760,13 +789,13 @@ def train(run: Run, resume: dict | None) -> int:
                 if at.step == at.steps:
                     bar.close()
                     run.measure(f"stage {at.stage}" if at.stage else "sliced teacher")
-                    print(evaluate.stage_table(run.rows, run.task.metrics[0]), flush=True)
+                    print(evaluate.final_table(run.rows, run.task.metrics[0], 2), flush=True)
                     evaluate.save_adapters(run.folder, run.model, settings)
                 run.save(at)                                         # a checkpoint
                 started = time.monotonic()
-                if stopped:
+                if stop:
                     bar.close()
-                    return stopped[0]
+                    return stop
     return 0
 
 
@@ -801,8 +830,10 @@ def main(argv: Iterable[str] | None = None) -> int:
           f"α = {hp.alpha:g}, γ = {hp.gamma:g}; {s['device']}, {s['dtype']}, seed {hp.seed}; "
           f"writes {run.folder}/", flush=True)
     if processes()[0]:                               # rank 0 alone measures, prints and writes
-        for _ in mlfs(run.model, run.train, run.space, hp, resume):
-            pass
+        with stoppable() as stopped:
+            for _ in mlfs(run.model, run.train, run.space, hp, resume):
+                if told_to_stop(stopped, s["device"]):
+                    break
         return 0
     if number := train(run, resume):
         print("\nstopped and saved; the same command with --resume goes on from there",
@@ -814,8 +845,7 @@ def main(argv: Iterable[str] | None = None) -> int:
           f"Trained in {sum(s['seconds']):.0f} s, at most {s['peak_memory'] / 2**30:.1f} GiB. "
           f"{run.folder}/adapters.safetensors ({stored:.1f} MB) and the base model make all "
           f"{len(space)} subnets.")
-    choices = [f"{row['name']} ({evaluate.show(metric, row['score'])} ± "
-               f"{evaluate.show(metric, row['stderr'])}) from {most / 1e6:.2f}M parameters on"
+    choices = [f"{row['name']} ({evaluate.quality(row, metric)}) from {most / 1e6:.2f}M parameters on"
                for most, row in evaluate.worth_shipping(run.rows, metric)]
     print((s["note"] + ". " if s["note"] else "") + "Ship " + ", ".join(choices) + ".")
     return 0

@@ -18,9 +18,10 @@ import re
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Iterator
+from typing import Collection, Iterator
 
-# Kernels that oneDNN keeps, of 1,024: stage 2 as fast and 0.4 GB smaller, stage 0 6% slower.
+# oneDNN keeps a kernel for each shape, by default 1,024. With 192 stage 2 takes 0.4 GB less and as
+# long, stage 0 6% longer.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "192")
 
 import torch
@@ -76,7 +77,7 @@ def product(x: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
     In float32 on an AMD with AVX-512 oneDNN is asked, not MKL, which takes twice as long there; on
     an Intel MKL takes 0.86 of oneDNN's time. oneDNN wants dense operands: the reference kernel that
     it has for others takes minutes. And it makes a kernel for every shape, which small matrices do
-    not repay: the tests took a third longer.
+    not repay.
     """
     small = W.numel() < 2 ** 14
     if small or x.dtype != torch.float32 or x.device.type != "cpu" or \
@@ -262,7 +263,7 @@ class SuperTransformer(nn.Module):
     adapted = ("query", "key", "value", "intermediate")      # App. A: QKV, FFN's intermediate
     head = ()                                        # trained in full, shared by all subnets
     head_group = 1                                   # heads are kept or dropped by so many
-    has_head_dim = False                             # whether config.json has one outside of here
+    has_head_dim = False                             # whether other libraries' config.json has one
     model_type = architecture = ""                   # the checkpoint world's names of the class
     tensor_names: dict[str, str] = {}                # ours -> the checkpoint's; {}: layer number
     config_names: dict[str, str] = {}                # the same for config.json
@@ -280,11 +281,13 @@ class SuperTransformer(nn.Module):
                 **more) -> tuple[Tensor, dict[int, Tensor]]:
         """z, h = f_Φ(x; Π_Φ(W_Sup)); ids and mask (B, T), mask 1 for a real token (Sec. 4).
 
-        In inference mode no loss will compare h, and it is empty: to compute and hold it all takes
-        a BERT of 6 layers a sixth longer.
+        h is keyed by maxnet layer: those of `features`, by default all of Φ's. Where no loss will
+        compare them, () saves a BERT of 6 layers a seventh of its work. ValueError if Φ is no part
+        of the maxnet.
         """
-        s, h = self.encode(ids, mask, phi or self.maxnet,
-                           features=not torch.is_inference_mode_enabled(), **more)
+        phi = phi or self.maxnet
+        self.subnet_config(phi)
+        s, h = self.encode(ids, mask, phi, **{"features": phi.layers} | more)
         return self.logits(s), h
 
     def run(self, l: int, *inputs) -> Tensor:
@@ -329,9 +332,12 @@ class SuperTransformer(nn.Module):
         return teacher
 
     def subnet_config(self, phi: SubnetConfig) -> dict:
-        """config.json of Φ's stand-alone model."""
+        """config.json of Φ's stand-alone model; ValueError if Φ is no part of the maxnet."""
         sizes = {"hidden_size": phi.hidden_size, "num_attention_heads": phi.num_attention_heads,
                  "intermediate_size": phi.intermediate_size, "num_hidden_layers": len(phi.layers)}
+        layers = tuple(l for l in self.maxnet.layers if l in phi.layers)
+        if phi.layers != layers or not all(0 < n <= self.config[key] for key, n in sizes.items()):
+            raise ValueError(f"{phi} is no part of the maxnet, {self.maxnet}")
         return self.config | sizes
 
     def skeleton(self, phi: SubnetConfig) -> "SuperTransformer":
@@ -353,10 +359,7 @@ class SuperTransformer(nn.Module):
     @torch.no_grad()
     def extract(self, phi: SubnetConfig) -> "SuperTransformer":
         """W_Φ = Π_Φ(W_pretrained + Σ_s A_s B_s) (Eqs. 2, 8): merged, cut, copied, stand-alone."""
-        small, depth, state = self.skeleton(phi), len(self.layers), {}
-        if max(phi.layers) >= depth:
-            raise ValueError(f"{phi.name} asks for layer {max(phi.layers)} of a model with layers "
-                             f"0 to {depth - 1}")
+        small, state = self.skeleton(phi), {}
         for name, part in small.named_parameters():
             owner, _, kind = name.rpartition(".")
             owner = re.sub(r"\d+", lambda l: str(phi.layers[int(l[0])]), owner)          # g_j(l)
@@ -480,7 +483,7 @@ def blocks(index: Tensor, size: int) -> Tensor:
 # ---------------------------------------------------------------------------------------- BERT
 
 class BertLayer(nn.Module):
-    """Post-LN: normalisation after each residual sum x + f(x), which is taken in place of f(x)."""
+    """Post-LN: normalisation after each residual sum x + f(x), which is written over f(x)."""
 
     def __init__(self, c: dict):
         super().__init__()
@@ -546,10 +549,10 @@ class Bert(SuperTransformer):
 
     def encode(self, ids: Tensor, mask: Tensor | None, phi: SubnetConfig,
                segments: Tensor | None = None,
-               features: bool = True) -> tuple[Tensor, dict[int, Tensor]]:
-        """The first token's last state (B, H), and h_Φ: the states (B, T, H) after each layer.
+               features: Collection[int] = ()) -> tuple[Tensor, dict[int, Tensor]]:
+        """The first token's last state (B, H), and h_Φ: the states (B, T, H) after `features`.
 
-        Without features, the last layer computes only what is read: the first token's state.
+        A last layer that is none of these computes only what is read: the first token's state.
         """
         H, positions = phi.hidden_size, torch.arange(ids.size(1), device=ids.device)
         segments = torch.zeros_like(ids) if segments is None else segments
@@ -559,8 +562,8 @@ class Bert(SuperTransformer):
         bias = None if mask is None else hide(mask == 0, x.dtype)[:, None, None]     # (B, 1, 1, T)
         h = {}
         for l in phi.layers:                                         # g_j(1), g_j(2), ...
-            x = self.run(l, x, bias, phi, None if features or l != phi.layers[-1] else 1)
-            if features:
+            x = self.run(l, x, bias, phi, None if l in features or l != phi.layers[-1] else 1)
+            if l in features:
                 h[l] = x
         return x[:, 0], h
 
@@ -636,7 +639,7 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(SuperTransformer):
-    """A causal language model. The logits are those of the next token; no head but W is trained."""
+    """A causal language model: logits of the next token. No head: all but A_s, B_s is frozen."""
 
     def __init__(self, config: dict, norm: type):
         super().__init__(config)
@@ -662,8 +665,8 @@ class Decoder(SuperTransformer):
 
     def encode(self, ids: Tensor, mask: Tensor | None, phi: SubnetConfig,
                cache: Cache | None = None,
-               features: bool = True) -> tuple[Tensor, dict[int, Tensor]]:
-        """Each token's last state (B, T, H), and h_Φ: the states after each layer, normalised.
+               features: Collection[int] = ()) -> tuple[Tensor, dict[int, Tensor]]:
+        """Each token's last state (B, T, H), and h_Φ: those after layers `features`, normalised.
 
         With a cache, ids continue the tokens in it, and mask covers both. Pad on either side. The
         residual stream of a pre-LN model grows without bound (ours): its root mean square is set to
@@ -684,7 +687,7 @@ class Decoder(SuperTransformer):
         h = {}
         for l in phi.layers:                                         # g_j(1), g_j(2), ...
             x = self.run(l, x, bias, phi, rotation, cache)
-            if features:
+            if l in features:
                 h[l] = F.rms_norm(x, x.shape[-1:], eps=1e-6)
         if cache is not None:
             cache.length = S

@@ -58,9 +58,9 @@ def main(dtype: torch.dtype) -> None:
             mask = torch.ones_like(ids)
             padded = mask.clone()
             padded[-1, length // 2:] = 0
-            pair = {"ours": lambda: ours(ids), "theirs": lambda: theirs(ids, attention_mask=mask)}
+            pair = {"ours": lambda: ours(ids, features=()), "theirs": lambda: theirs(ids, attention_mask=mask)}
             if batch > 1 and length < 512:
-                pair |= {"ours, padded": lambda: ours(ids, padded),
+                pair |= {"ours, padded": lambda: ours(ids, padded, features=()),
                          "theirs, padded": lambda: theirs(ids, attention_mask=padded)}
             ms = medians(pair, max(3, min(40, 20000 // (batch * length))))
             ratios = [ms[name.replace("ours", "theirs")] / ms[name] for name in ms if "ours" in name]
@@ -70,10 +70,9 @@ def main(dtype: torch.dtype) -> None:
 
     ids = torch.randint(1000, 30000, (1, 16))
     small, smaller = space[4], space[8]
-    ms = medians({"stay": lambda: [ours(ids, None, small), ours(ids, None, small),
-                                   ours(ids, None, smaller), ours(ids, None, smaller)],
-                  "switch": lambda: [ours(ids, None, small), ours(ids, None, smaller),
-                                     ours(ids, None, small), ours(ids, None, smaller)]}, 60)
+    ask = lambda phi: ours(ids, None, phi, features=())
+    ms = medians({"stay": lambda: [ask(small), ask(small), ask(smaller), ask(smaller)],
+                  "switch": lambda: [ask(small), ask(smaller), ask(small), ask(smaller)]}, 60)
     print(f"\nFour requests of 16 tokens, two by {small.name} and two by {smaller.name}: "
           f"{ms['stay']:.2f} ms with one switch, {ms['switch']:.2f} ms with three: "
           f"{1e3 * (ms['switch'] - ms['stay']) / 2:+.0f} µs a switch")

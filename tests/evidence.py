@@ -202,8 +202,8 @@ def alone(argv: list[str], full: bool) -> None:
             batches, start = mlfs.stage_batches(run.train, own, 1, 0, device), time.monotonic()
             for step, (x, y) in enumerate(itertools.islice(batches, steps), 1):
                 with torch.no_grad():
-                    z_1 = teacher.logits(teacher.encode(**x, phi=run.space[0], features=False)[0])
-                z = student.logits(student.encode(**x, phi=student.maxnet, features=False)[0])
+                    z_1 = teacher.logits(teacher.encode(**x, phi=run.space[0])[0])
+                z = student.logits(student.encode(**x, phi=student.maxnet)[0])
                 kd = mlfs.kd_loss(z, z_1, hp.temperature, hp.kl, hp.kd_t2)
                 ((1 - hp.alpha) * mlfs.task_loss(z, y) + hp.alpha * kd).backward()
                 torch.nn.utils.clip_grad_norm_(parameters, hp.clip or math.inf)
@@ -259,10 +259,10 @@ def gradients(name: str = "third/mlfs-seed0", batches: int = 20) -> None:
     norms: dict = {phi.name: {} for phi in space[1:]}
     for x, y in data.batches(examples.take(drawn), hp.batch_size, seed=0):
         with torch.no_grad():
-            s_1, h_1 = model.encode(**x, phi=space[0])
+            s_1, h_1 = model.encode(**x, phi=space[0], features=U)
             z_1 = model.logits(s_1)
         for phi in space[1:]:
-            s, h = model.encode(**x, phi=phi)
+            s, h = model.encode(**x, phi=phi, features=U)
             z = model.logits(s)
             losses = {"task": mlfs.task_loss(z, y), "kd": mlfs.kd_loss(z, z_1),
                       "fd": mlfs.fd_loss(h, h_1, U, hp.beta, x["mask"])}

@@ -99,6 +99,17 @@ def test_mnli_has_two_dev_sets_and_digits_name_classes_too(tmp_path):
     assert [int(splits[s].labels[0]) for s in ("train", "dev", "dev_mismatched")] == [1, 2, 0]
 
 
+def test_digits_that_are_labels_are_not_their_numbers(tmp_path, monkeypatch):
+    """Classes 1, 2, 3: a 0 is unknown, and 1 is the first."""
+    row = data.Task("stars", "", data.DEV, ("text",), "stars", ("1", "2", "3"), data.ACC)
+    monkeypatch.setitem(data.GLUE, "stars", row)
+    write(tmp_path, "stars/dev.tsv", "text\tstars\ngood\t3\nbad\t1\n")
+    assert data.load_glue("stars", "dev", tmp_path).labels.tolist() == [2, 0]
+    write(tmp_path, "stars/dev.tsv", "text\tstars\nworse\t0\n")
+    with pytest.raises(ValueError, match="line 2: unknown label '0'; expected 1, 2, 3"):
+        data.load_glue("stars", "dev", tmp_path)
+
+
 def test_a_byte_order_mark_windows_lines_and_odd_separators_are_harmless(tmp_path):
     """U+2028 and U+0085 are characters of a sentence, not ends of line; an empty sentence is an
     example.
@@ -114,7 +125,7 @@ def test_a_byte_order_mark_windows_lines_and_odd_separators_are_harmless(tmp_pat
         ("sentence\tlabel\ngood\t1\nno label here\n", r"dev.tsv, line 3: 1 columns, at least 2"),
         (
             "sentence\tlabel\ngood\tmaybe\n",
-            r"dev.tsv, line 2: unknown label 'maybe'; expected 0, 1, negative, positive",
+            r"dev.tsv, line 2: unknown label 'maybe'; expected negative, positive, 0, 1",
         ),
         ("text\tlabel\ngood\t1\n", r"line 1: there is no column 'sentence'"),
         ("sentence\tlabel\n", "has no examples"),

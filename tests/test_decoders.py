@@ -176,7 +176,7 @@ def test_gradient_checkpointing_changes_no_gradient(decoder):
     trained = [p for p in decoder.parameters() if p.requires_grad]
     gradients = []
     for decoder.gradient_checkpointing in (False, True):
-        s, h = decoder.encode(tokens(), None, decoder.maxnet)
+        s, h = decoder.encode(tokens(), None, decoder.maxnet, features=(1,))
         gradients.append(torch.autograd.grad(s.square().sum() + h[1].sum(), trained))
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*gradients))
 
@@ -586,7 +586,7 @@ def test_a_random_start_knows_nothing_and_is_read_back(run, capsys):
 
 
 @pytest.mark.parametrize("adapters", ["low-rank", "full"])
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2])
 def test_a_resumed_decoder_run_ends_with_the_same_bits(run, adapters, stage, monkeypatch):
     options = ["--epochs", "1,1,1", "--adapters", adapters, "--train-examples", "80"]
     folder = run(*options)

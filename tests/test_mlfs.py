@@ -78,6 +78,13 @@ def test_a_share_that_the_model_cannot_take_is_refused(tiny, share):
         configuration_space(tiny.maxnet, **share)
 
 
+def test_two_subnets_cannot_have_one_name():
+    """Losses and scores go by name: of w0.5 with 1,500 neurons and w0.5 with 1,501 one were lost."""
+    maxnet = tiny_bert(intermediate_size=3000).maxnet
+    with pytest.raises(ValueError, match="two subnets would be called w0.5-d4"):
+        configuration_space(maxnet, widths=[0.5, 0.5004])
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_phi_1_is_always_the_maxnet_and_stage_1_keeps_the_depth(tiny, stage):
     """Sec. 5: stage 0 trains the teacher alone, stage 1 varies widths at full depth, stage 2 widths

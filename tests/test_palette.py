@@ -117,8 +117,8 @@ def test_latency_visits_every_subnet_in_every_round_and_warms_up(tiny, monkeypat
     """
     clock, visits, extract = [0.0], [], SuperTransformer.extract
 
-    def forward(self, ids, mask=None, phi=None):
-        assert ids.shape == (3, 5)
+    def forward(self, ids, mask=None, phi=None, features=None):
+        assert ids.shape == (3, 5) and features == ()
         depth = len((phi or self.maxnet).layers)
         if not visits or visits[-1][0] != depth:
             visits.append((depth, []))

@@ -100,12 +100,15 @@ def at_iteration(number: int, do, monkeypatch) -> None:
     monkeypatch.setattr(mlfs, "add_up", spy)
 
 
-@pytest.mark.parametrize("number, when", [(signal.SIGINT, 3), (signal.SIGTERM, 12)])
+@pytest.mark.parametrize(
+    "number, when", [(signal.SIGINT, 3), (signal.SIGINT, 6), (signal.SIGTERM, 12)]
+)
 def test_a_stopped_run_is_saved_and_goes_on_to_the_same_bits(
     run, command, number, when, tmp_path, monkeypatch, capsys
 ):
     """SIGINT or SIGTERM: the iteration is finished and stored, exit code 128 + the signal's number;
-    resumed, the run ends as one that was never stopped. The old handlers are back."""
+    resumed, the run ends as one that was never stopped, also where the signal comes between two
+    stages (6). The old handlers are back."""
     before = signal.getsignal(number)
     with monkeypatch.context() as patch:
         at_iteration(when, lambda: os.kill(os.getpid(), number), patch)
@@ -115,6 +118,29 @@ def test_a_stopped_run_is_saved_and_goes_on_to_the_same_bits(
     assert command("--resume") == 0
     for name in ("adapters.safetensors", "palette.md"):
         assert (tmp_path / "toy" / name).read_bytes() == (run / name).read_bytes(), name
+
+
+def one_of_two(rank: int, folder: Path) -> None:
+    """A run of two processes; SIGTERM comes to the second alone, twice, in iteration 3."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "load_toy", load_small_toy)
+        if rank:
+            term = lambda: os.kill(os.getpid(), signal.SIGTERM)
+            at_iteration(3, lambda: (term(), term()), patch)
+        code = mlfs.main(["--out", str(folder / "toy"), *RUN_OPTIONS])
+    (folder / f"{rank}.txt").write_text(str(code))
+
+
+def test_a_signal_to_one_process_stops_all_after_the_same_iteration(tmp_path):
+    """torchrun passes a Ctrl-C on, so it comes twice; rank 0 saves and tells, the others just end."""
+    mp.start_processes(one_of_two, (tmp_path,), nprocs=2, start_method="fork")
+    assert [(tmp_path / f"{rank}.txt").read_text() for rank in (0, 1)] == ["143", "0"]
+    log = (tmp_path / "toy" / "log.jsonl").read_text()
+    assert log == ""  # ten iterations are between two lines
+    _, at = evaluate.read_tensors(tmp_path / "toy" / "state.safetensors")
+    assert (int(at["stage"]), int(at["step"])) == (0, 3)
 
 
 def test_two_runs_cannot_write_to_one_folder(run, command, tmp_path, capsys):

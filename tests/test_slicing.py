@@ -111,6 +111,17 @@ def test_a_subnet_is_the_stand_alone_model_that_extract_returns(seed):
         assert torch.allclose(features[l], h, atol=1e-5)
 
 
+@pytest.mark.parametrize("sizes", [(16, 8, 24, (0, 1)), (16, 4, 25, (0, 1)), (17, 4, 24, (0, 1)),
+                                   (16, 0, 24, (0, 1)), (16, 4, 24, (3, 4)), (16, 4, 24, (2, 1)),
+                                   (16, 4, 24, (1, 1)), (16, 4, 24, ())])
+def test_what_is_no_part_of_the_maxnet_is_no_subnet(sizes):
+    """Eight heads of four, a fifth layer, layers turned round: refused, never cut to what is there."""
+    model, phi = tiny_bert(), SubnetConfig(*sizes)
+    for use in (lambda: model(**batch(), phi=phi), lambda: model.extract(phi)):
+        with pytest.raises(ValueError, match="is no part of the maxnet"):
+            use()
+
+
 def test_extract_copies_the_very_numbers_of_the_slice():
     """Without adapters W_Φ is bit for bit a block of W; changing the copy leaves W alone."""
     model, phi = tiny_bert(), SubnetConfig(8, 2, 10, layers=(1, 3))
@@ -124,7 +135,7 @@ def test_extract_copies_the_very_numbers_of_the_slice():
 
 def test_depths_are_nested_and_spread_and_keep_both_ends():
     """Every Φ contains the minnet's layers: ℓ_FD compares there. Of 12 layers (0 to 11), depth 4 keeps
-    {0, 3, 6, 11}; no subnet of two layers or more lacks the first or the last, or 4 in a row."""
+    {0, 3, 6, 11}; two or more keep the first and the last, five or more lack no three in a row."""
     model = tiny_bert(num_hidden_layers=12)
     space = configuration_space(model.maxnet, widths=[1], depths=[d / 12 for d in range(1, 13)])
     layers = {len(phi.layers): phi.layers for phi in space}
