@@ -1,6 +1,6 @@
 """Multistage Low-rank Fine-tuning of Super-transformers (Kundu et al., NAACL 2024).
 
-    python mlfs.py                      # the built-in toy: no download, 2 to 3 minutes
+    python mlfs.py                      # the built-in toy: no download, 2 to 4 minutes
     python mlfs.py --task sst2          # BERT-base on SST-2
     python mlfs.py --task python        # SantaCoder on Python code
 
@@ -66,8 +66,7 @@ class HyperParameters:
     batch_size: int = setting(64, "|ℬ| (App. A: 128 for QQP, MNLI, QNLI, else 64)")
     learning_rate: float = setting(1e-3, "initial one (App. A: 5e-4 for QNLI, MNLI, else 1e-3)")
     warmup: float = setting(0.06, "share of a stage's steps in which the rate rises (ours)")
-    clip: float = setting(1.0, "largest norm of Eq. 6's gradient; 0 does not clip (ours: a safety "
-                          "net, unclipped a prototype collapsed to one class)")
+    clip: float = setting(1.0, "largest norm of Eq. 6's gradient; 0 does not clip (ours)")
     max_length: int = setting(128, "tokens per example (App. A)")
     num_subnets: int = setting(4, "K, subnets an iteration: maxnet, minnet, K-2 drawn (Eq. 4)")
     widths: tuple[float, ...] = setting((1.0, 0.75, 0.5), "shares of heads, neurons in 𝒜 (ours)")
@@ -576,7 +575,7 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, dict]:
     parser.add_argument("--overwrite", action="store_true", help="replace the run in its folder")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=device, help=f"cpu, cuda, ...; default {device}")
-    group = parser.add_argument_group("hyper-parameters (for the task: those of App. A)")
+    group = parser.add_argument_group("hyper-parameters (a task's own values: TASK_SETTINGS)")
     fields = dataclasses.fields(HyperParameters)
     for field in fields:
         flag, default = "--" + field.name.replace("_", "-"), field.default
@@ -847,7 +846,8 @@ def main(argv: Iterable[str] | None = None) -> int:
           f"{len(space)} subnets.")
     choices = [f"{row['name']} ({evaluate.quality(row, metric)}) from {most / 1e6:.2f}M parameters on"
                for most, row in evaluate.worth_shipping(run.rows, metric)]
-    print((s["note"] + ". " if s["note"] else "") + "Ship " + ", ".join(choices) + ".")
+    print((s["note"] + ". " if s["note"] else "") + "Ship the smallest within one standard error of "
+          "the best that fits: " + ", ".join(choices) + ".")
     return 0
 
 

@@ -77,7 +77,7 @@ def test_every_line_of_algorithm_1_stands_in_the_margin():
 
 
 def test_ci_runs_the_readmes_two_commands():
-    commands = README[README.index("## Start") : README.index("The main job is")]
+    commands = README[README.index("## Start") : README.index("With `.venv` active")]
     ci = (ROOT / ".ci" / "run").read_text()
     for command in (
         ".venv/bin/pip install",
