@@ -99,7 +99,7 @@ GROUPS = {
         "gamma-0": "--gamma 0", "gamma-2": "--gamma 2",
         "rank-2": "--rank 2", "rank-4": "--rank 4", "rank-16": "--rank 16", "rank-32": "--rank 32",
         "no-reorder": "--no-reorder", "forward-kl": "--kl forward",
-        "no-fd": "--beta 0", "fd-10": "--beta 1", "fd-sum": "--fd-sum", "no-kd": "--alpha 0",
+        "no-fd": "--beta 0", "fd-10": "--beta 1", "fd-sum": "--fd-sum", "no-kd": "--alpha 0", "no-kl": "",
         "learn-u": "--learn-u", "learn-u-naively": "--learn-u",
         "stage-2-alone": "--epochs 1,0,2", "k-2": "--num-subnets 2", "k-8": "--num-subnets 8",
         "rate-3e-3": "--learning-rate 3e-3", "tuned": "--rank 16 --learning-rate 3e-3",
@@ -146,6 +146,7 @@ VARIANTS = {
     "forward-kl": "KL[teacher, student]",
     "no-fd": "no ℓ_FD (β = 0)", "fd-10": "ten times ℓ_FD (β = 1)",
     "fd-sum": "ℓ_FD summed over d_low, as printed", "no-kd": "no distillation at all (α = 0)",
+    "no-kl": "no ℓ_KD: 0.1 ℓ_task and 0.9 ℓ_FD are left",
     "learn-u": "U learned, rows kept orthonormal", "learn-u-naively": "U learned freely",
     "stage-2-alone": "no stage 1, stage 2 twice as long", "k-2": "K = 2", "k-8": "K = 8",
     "unclipped": "no clipping", "frozen-head": "the head trained in stage 0 alone",
@@ -277,6 +278,7 @@ def gradients(name: str = "third/mlfs-seed0", batches: int = 20) -> None:
 
 PATCHES = {                                    # what no option of mlfs.py does, by variant
     "learn-u-naively": "mlfs.orthonormalise = lambda U: None",
+    "no-kl": "mlfs.kd_loss = lambda z_j, *more: 0 * z_j.sum()",
     "wider-start": """
 add_stage = model.ElasticLinear.add_stage
 def wider(self, rank, generator):
