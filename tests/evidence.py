@@ -381,7 +381,9 @@ def stages(group: str) -> str:
                for seeds in groups.values()),
              evaluate.show(metric, statistics.fmean(rows[name]["stderr"] for _, rows in runs))]
             for name, row in first.items()]
-    others = (f"stage 2, `{GROUPS[group][2][variant]}`" for variant in groups)
+    others = (f"stage 2, `{GROUPS[group][2][variant]}`"
+              + (f" (seeds: {len(seeds)})" if len(seeds) != len(runs) else "")
+              for variant, seeds in groups.items())
     return (caption(group, runs) + "\n\n" + markdown(
         ["subnet", "parameters", "encoder", *moments, *others, "± s.e. of one run"], body))
 
