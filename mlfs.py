@@ -1,6 +1,6 @@
 """Multistage Low-rank Fine-tuning of Super-transformers (Kundu et al., NAACL 2024).
 
-    python mlfs.py                      # the built-in toy: no download, 2 to 4 minutes
+    python mlfs.py                      # the built-in toy: no download, 2 to 5 minutes
     python mlfs.py --task sst2          # BERT-base on SST-2
     python mlfs.py --task python        # SantaCoder on Python code
 
