@@ -77,7 +77,8 @@ class Rows(NamedTuple):
 def load_glue(task: str, split: str, folder: str | Path) -> Rows:
     """Split "train", "dev" or (MNLI) "dev_mismatched" of `folder`/TASK/*.tsv.
 
-    Labels may be words, or their numbers from 0. Raises FileNotFoundError, or ValueError naming file and line.
+    Labels may be words, or their numbers from 0. Raises FileNotFoundError, or ValueError naming
+    file and line.
     """
     row = GLUE[task]
     path = Path(folder) / row.folder
