@@ -330,8 +330,8 @@ def fd_loss(h_j: dict[int, Tensor], h_1: dict[int, Tensor], U: dict[int, Tensor]
     """ℓ_FD = Σ_l β_l ‖U_j^l h_j^l - U_1^l h_1^g(l)‖² (Sec. 5); h (B, T, d) keyed by maxnet layer.
 
     l runs over the minnet's layers g_min(l), the keys of U; U_j^l = U_1^l[:, :d_j] (Eq. 11).
-    Mean over real tokens (mask (B, T); None: all) and over d_low (ours: the printed sum pulls as hard
-    as ℓ_KD, and a run collapsed); fd_sum sums over d_low.
+    Mean over real tokens (mask (B, T); None: all) and over d_low (ours: the printed sum pulls as
+    hard as ℓ_KD, and a run collapsed); fd_sum sums over d_low.
     """
     loss = torch.zeros((), device=next(iter(h_1.values())).device)
     for l, U_1 in U.items():
@@ -730,7 +730,7 @@ def stoppable() -> Iterator[list[int]]:
 
 
 def told_to_stop(stopped: list[int], device: str) -> int:
-    """The signal that came, to any process (0: none): all leave after one and the same iteration."""
+    """The signal that came to any process (0: none): all leave after one and the same iteration."""
     number = stopped[0] if stopped else 0
     if processes()[1] > 1:
         shared = torch.tensor(number, device=device)
@@ -847,8 +847,9 @@ def main(argv: Iterable[str] | None = None) -> int:
     choices = [f"{row['name']} ({evaluate.quality(row, metric)}) from {most / 1e6:.2f}M parameters "
                f"on"
                for most, row in evaluate.worth_shipping(run.rows, metric)]
-    print((s["note"] + ". " if s["note"] else "") + "Ship the smallest within one standard error of "
-          "the best that fits: " + ", ".join(choices) + ".")
+    print((s["note"] + ". " if s["note"] else "")
+          + "Ship the smallest within one standard error of the best that fits: "
+          + ", ".join(choices) + ".")
     return 0
 
 

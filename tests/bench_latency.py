@@ -58,7 +58,8 @@ def main(dtype: torch.dtype) -> None:
             mask = torch.ones_like(ids)
             padded = mask.clone()
             padded[-1, length // 2:] = 0
-            pair = {"ours": lambda: ours(ids, features=()), "theirs": lambda: theirs(ids, attention_mask=mask)}
+            pair = {"ours": lambda: ours(ids, features=()),
+                    "theirs": lambda: theirs(ids, attention_mask=mask)}
             if batch > 1 and length < 512:
                 pair |= {"ours, padded": lambda: ours(ids, padded, features=()),
                          "theirs, padded": lambda: theirs(ids, attention_mask=padded)}

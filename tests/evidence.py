@@ -158,7 +158,7 @@ VARIANTS = {
     "full-teacher-3e-3": "so, and stages 1 and 2 at 3e-3",
 }
 CURVES = [f"third/{variant}-seed0" for variant in ("gamma-0", "mlfs", "gamma-2")]           # Fig. 2
-LOGGED = (*CURVES, "third/k-", "third/rate-", "long/", "rte/", "python/", "custom/")  # kept: log.jsonl
+LOGGED = (*CURVES, "third/k-", "third/rate-", "long/", "rte/", "python/", "custom/")   # log.jsonl
 
 
 def commands() -> dict[str, list[str]]:
