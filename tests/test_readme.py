@@ -121,7 +121,7 @@ def test_the_readmes_python_examples_run(run, tmp_path, monkeypatch, capsys):
 
 
 def test_the_tables_of_results_are_those_of_the_raw_files():
-    """No figure in them is typed by hand: `tests/evidence.py tables` makes them."""
+    """No figure in them is typed by hand: `tests/by_hand/evidence.py tables` makes them."""
     made = evidence.tables()
     assert set(made) == set(re.findall(r"<!-- evidence: (.*) -->", README))
     for name, table in made.items():

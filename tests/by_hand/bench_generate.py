@@ -1,6 +1,6 @@
 """Tokens per second of greedy generation, ours against the transformers library's, in one run.
 
-    pip install transformers==5.23.0 && python tests/bench_generate.py weights/smollm2-135m
+    pip install transformers==5.23.0 && python tests/by_hand/bench_generate.py weights/smollm2-135m
 
 Both in bfloat16, with a cache, the same prompts and number of tokens; the two take turns, the best
 of three counts for each. Not a test: run it by hand on a quiet machine.
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import data  # noqa: E402
 import evaluate  # noqa: E402
 from model import load_pretrained  # noqa: E402

@@ -1,7 +1,7 @@
 """What training costs: against transformers + PEFT, the share of matrix products, how it all grows.
 
     pip install transformers==5.23.0 peft==0.21.2
-    python tests/bench_train.py MINILM GLUE [bfloat16|float32]
+    python tests/by_hand/bench_train.py MINILM GLUE [bfloat16|float32]
 
 MINILM: folder of a BERT checkpoint; GLUE: the folder that holds SST-2/. Contestants take turns,
 step by step, each in a process of its own. Not a test: run it by hand on a quiet machine (7 to 15
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 import evaluate  # noqa: E402

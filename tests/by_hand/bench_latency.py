@@ -1,7 +1,7 @@
 """How fast a subnet is: extracted against the maxnet, in place against extracted, ours against the
 transformers library's BERT, and what it costs to switch Φ from one request to the next.
 
-    pip install transformers==5.23.0 && python tests/bench_latency.py [float32|bfloat16]
+    pip install transformers==5.23.0 && python tests/by_hand/bench_latency.py [float32|bfloat16]
 
 Random weights of BERT-base's shape. In every comparison the contestants take turns, and ratios are
 those of the medians. Not a test: run it by hand on a quiet machine (5 minutes on two cores).
@@ -14,7 +14,7 @@ from typing import Callable
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import evaluate  # noqa: E402
 from mlfs import configuration_space  # noqa: E402
 from model import Bert  # noqa: E402

@@ -1,11 +1,11 @@
 """The runs behind the README's Results, and its tables and pictures, made from their raw files.
 
-    python tests/evidence.py split             # a held-out part of SST-2's TRAIN: weights/held-out
-    python tests/evidence.py custom            # two thirds of SmolLM2's width: weights/custom
-    python tests/evidence.py full-teacher      # stage 0 in full, exported: weights/full-teacher
-    python tests/evidence.py run [NAME ...]    # all, or those whose name holds one of these
-    python tests/evidence.py gradients         # how strongly each loss pulls
-    python tests/evidence.py tables            # README.md's tables, .github/*.png (matplotlib)
+    python tests/by_hand/evidence.py split             # a held-out part of SST-2's TRAIN: weights/held-out
+    python tests/by_hand/evidence.py custom            # two thirds of SmolLM2's width: weights/custom
+    python tests/by_hand/evidence.py full-teacher      # stage 0 in full, exported: weights/full-teacher
+    python tests/by_hand/evidence.py run [NAME ...]    # all, or those whose name holds one of these
+    python tests/by_hand/evidence.py gradients         # how strongly each loss pulls
+    python tests/by_hand/evidence.py tables            # README.md's tables, .github/*.png (matplotlib)
 
 Needs weights/minilm-l6, weights/smollm2-135m, GLUE in weights/glue, and what the first three
 commands make. A run that stands in .github/results is not repeated, one that was interrupted goes
@@ -29,7 +29,7 @@ from typing import Callable
 import numpy as np
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 import evaluate  # noqa: E402
@@ -228,7 +228,7 @@ def keep(name: str) -> None:
     for part in ("base", "data"):
         run[part]["folder"] = Path(run[part]["folder"]).name
     if "/alone" in name or name.split("/")[1].rpartition("-")[0] in PATCHES:
-        run["command"] = ["tests/evidence.py", "run", name]
+        run["command"] = ["tests/by_hand/evidence.py", "run", name]
     if (folder / "adapters.safetensors").exists():
         tensors, _ = evaluate.read_tensors(folder / "adapters.safetensors")
         run["trained"] = sum(t.numel() for t in tensors.values() if t.is_floating_point())
@@ -317,7 +317,7 @@ def run(wanted: list[str]) -> int:
             continue
         print(f"\n{name}: python mlfs.py {' '.join(argv)}", flush=True)
         patch = PATCHES.get(name.split("/")[1].rpartition("-")[0])
-        program = (["tests/evidence.py", "alone", name] if "/alone" in name else ["mlfs.py", *argv])
+        program = (["tests/by_hand/evidence.py", "alone", name] if "/alone" in name else ["mlfs.py", *argv])
         if patch is not None:
             program = ["-c", f"import sys, mlfs, model\n{patch}\nsys.exit(mlfs.main())", *argv]
         goes_on = Path("runs/evidence", name).exists() and "/alone" not in name

@@ -1,8 +1,8 @@
 """Damaged files, thousands of them: a reader gives the right result or says in a sentence what is
 wrong with which file.
 
-    python tests/fuzz.py [--cases 4000] [--seed 0]           # every target and mutation, in minutes
-    python tests/fuzz.py --only config/llama/wrong-type/17 --keep DIR       # one case again
+    python tests/by_hand/fuzz.py [--cases 4000] [--seed 0]           # every target and mutation, in minutes
+    python tests/by_hand/fuzz.py --only config/llama/wrong-type/17 --keep DIR       # one case again
 
 A case is TARGET/MUTATION/NUMBER; with the seed it tells all. Each runs in a forked process of its
 own and must end in a result (equal to the undamaged one where the mutation is harmless, never where
@@ -37,13 +37,13 @@ import numpy as np
 import torch
 from safetensors.torch import load, save
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import data  # noqa: E402
 import evaluate  # noqa: E402
 import mlfs  # noqa: E402
 from model import load_pretrained  # noqa: E402
 
-REFERENCE = Path(__file__).parent / "reference"
+REFERENCE = Path(__file__).resolve().parents[1] / "reference"
 SECONDS, MEMORY, ADDRESSES, LONGEST = 10, 128 << 20, 4 << 30, 400
 
 # A folder to read: path -> content. A path may also be a directory (DIRECTORY) or a link (its aim).
@@ -856,7 +856,7 @@ def in_a_fork(read: Callable[[Path], object], folder: Path) -> dict:
     return result | {"seconds": time.monotonic() - start}
 
 
-ROOT = str(Path(__file__).resolve().parents[1])
+ROOT = str(Path(__file__).resolve().parents[2])
 
 
 def judge(

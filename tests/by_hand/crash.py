@@ -1,6 +1,6 @@
 """A run killed with SIGKILL at random moments and resumed ends with the bits of a run never killed.
 
-    python tests/crash.py [kills] [seed]
+    python tests/by_hand/crash.py [kills] [seed]
 
 The toy, three stages of 300 iterations, one thread. A moment is drawn from the whole time that an
 undisturbed run takes (the shortest seen); when a run comes to its end before, its adapters are
@@ -17,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 COMMAND = [
     sys.executable,
     str(ROOT / "mlfs.py"),

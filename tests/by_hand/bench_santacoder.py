@@ -1,6 +1,6 @@
 """SantaCoder's true size on this machine: peak memory and time of loading, a forward pass, a step.
 
-    python tests/bench_santacoder.py FOLDER        # writes 2.2 GB of random bfloat16 weights there
+    python tests/by_hand/bench_santacoder.py FOLDER        # writes 2.2 GB of random bfloat16 weights there
 
 The weights are random, as those of the checkpoint cannot be had everywhere: what is measured is
 memory and time, not text. Each measurement is a process of its own. Not a test: run it by hand.
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import data  # noqa: E402
 import mlfs  # noqa: E402
 from model import load_pretrained  # noqa: E402
