@@ -39,7 +39,8 @@ from tqdm import tqdm
 
 import data
 from model import (Cache, Decoder, ElasticLinear, SubnetConfig, SuperTransformer,
-                   checkpoint_files, load_pretrained, read_json, replacing, save_pretrained, short)
+                   checkpoint_files, common_heads, initialise, load_pretrained, load_trained_state,
+                   pad_heads, read_json, replacing, save_pretrained, short)
 
 
 # ----------------------------------------------------------------- metrics, as pure functions
@@ -441,7 +442,7 @@ def common_form(small: SuperTransformer, pad: bool) -> tuple[SuperTransformer, s
     """The model with heads of zeros added if `pad`, and what other libraries can make of it."""
     c, whole = small.config, small.maxnet
     N, D, H = whole.num_attention_heads, c["head_dim"], c["hidden_size"]
-    heads, shape = small.common_heads(), f"{N} heads of {D} at hidden size {H}"
+    heads, shape = common_heads(small), f"{N} heads of {D} at hidden size {H}"
     if heads == N:
         if pad:
             raise ValueError(f"--pad-heads: nothing to pad, other libraries can express {shape}")
@@ -451,7 +452,7 @@ def common_form(small: SuperTransformer, pad: bool) -> tuple[SuperTransformer, s
         if pad:
             raise ValueError(f"--pad-heads: no number of heads from {N} on fits hidden size {H}")
         return small, f"{why}, padded or not; load_pretrained of model.py reads it."
-    padded, more = small.pad_heads(heads), heads - N
+    padded, more = pad_heads(small, heads), heads - N
     old, new = (describe(model, model.maxnet) for model in (small, padded))
     cost = (f"{more} head{'s' * (more > 1)} of zeros: {new['parameters'] / 1e6:.2f}M instead of "
             f"{old['parameters'] / 1e6:.2f}M parameters, {new['macs'] / 1e6:.2f}M instead of "
@@ -479,7 +480,7 @@ def export_onnx(small: SuperTransformer, path: Path) -> str:
 
     decoder = isinstance(small, Decoder)
     names = ["input_ids", "attention_mask", "token_type_ids"][:2 if decoder else 3]
-    room = small.config["max_position_embeddings"]
+    room = small.max_tokens
     draw = torch.Generator().manual_seed(0)
 
     def example(batch: int, length: int) -> dict[str, torch.Tensor]:
@@ -585,7 +586,7 @@ def generate(model: SuperTransformer, tokenizer: Tokenizer, prompts: list[str],
     tokenizer.no_padding()
     tokenizer.no_truncation()
     encoded = [tokenizer.encode(prompt).ids or [end] for prompt in prompts]
-    P, room = max(map(len, encoded)), model.config["max_position_embeddings"]
+    P, room = max(map(len, encoded)), model.max_tokens
     if P >= room:
         raise ValueError(f"a prompt of {P} tokens leaves no room in the model's {room} positions")
     ids = torch.tensor([[end] * (P - len(x)) + x for x in encoded], device=device)       # (B, P)
@@ -1017,7 +1018,7 @@ def load_state(folder: Path, model: SuperTransformer) -> dict | None:
 def fill(model: SuperTransformer, path: Path, state: dict[str, torch.Tensor]) -> None:
     """`load_trained_state`; ValueError names the file."""
     try:
-        model.load_trained_state(state)
+        load_trained_state(model, state)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
@@ -1131,7 +1132,7 @@ def load_run(folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float
     run["base"]["folder"], run["adapters"] = str(base), origin["sha256"]
     model = load_pretrained(base, run["num_labels"], dtype)
     if random_start:
-        model.initialise(seed)
+        initialise(model, seed)
     fill(model, folder / "adapters.safetensors", state)
     return run, model.to(device), space
 
@@ -1327,7 +1328,7 @@ def measure(args: argparse.Namespace, run: dict, model: SuperTransformer,
     """(rows, a sentence on how they were measured): from palette.json if it has what is asked for,
     else measured now, printed and, if it is the whole palette, written."""
     stored, hp = read_palette(args.run), run["hyper_parameters"]
-    task, length = data.TASKS[run["task"]], min(128, model.config["max_position_embeddings"])
+    task, length = data.TASKS[run["task"]], min(128, model.max_tokens)
     metric = task.metrics[0]
     scored = {"adapters": run["adapters"], "dtype": args.dtype}      # what the scores depend on
     now = scored | {"device": device_name(args.device), "threads": torch.get_num_threads(),

@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 import data
 import evaluate
-from model import Decoder, SubnetConfig, SuperTransformer, load_pretrained
+from model import Decoder, SubnetConfig, SuperTransformer, initialise, load_pretrained
 
 
 # ------------------------------------------------------------------------------ hyper-parameters
@@ -632,9 +632,9 @@ def prepare(args: argparse.Namespace, given: dict) -> tuple[Run, dict | None]:
         kind = "a decoder" if name == "python" else "an encoder"
         raise ValueError(f"--task {name} needs {kind}; {model_folder} is a {type(model).__name__}")
     if hp.init == "random":
-        model.initialise(hp.seed)
+        initialise(model, hp.seed)
     model.gradient_checkpointing = hp.checkpointing
-    positions = model.config["max_position_embeddings"]
+    positions = model.max_tokens
     if given.get("max_length", 0) > positions:
         raise ValueError(f"max_length {hp.max_length} exceeds the {positions} positions of "
                          f"{model_folder}")
@@ -802,7 +802,7 @@ def announce(run: Run, at: Iteration) -> None:
     """What a stage trains, in one line."""
     n_1, whole = run.model.num_trainable(run.space[0]), run.settings["space"][0]["parameters"]
     head = sum(p.numel() for name, p in run.model.named_parameters()
-               if name.split(".")[0] in run.model.head and p.requires_grad)
+               if name.split(".")[0] in run.model.trained_whole and p.requires_grad)
     what = f"A_{at.stage}, B_{at.stage} ({n_1:,} entries)"
     what += f" and the head ({head:,})" if head else ""
     if run.hp.adapters == "full":

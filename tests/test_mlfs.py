@@ -290,7 +290,7 @@ def test_three_stages_leave_the_pretrained_weights_alone_and_add_rank_3r(tiny):
     before = {
         name: p.clone()
         for name, p in tiny.named_parameters()
-        if name.split(".")[0] not in tiny.head
+        if name.split(".")[0] not in tiny.trained_whole
     }
     for at in m.mlfs(tiny, examples(), configuration_space(tiny.maxnet), HP):
         pass

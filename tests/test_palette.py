@@ -15,7 +15,6 @@ import torch
 
 import data
 import evaluate
-import model as model_module
 from conftest import (
     FAMILIES,
     LOAD_TOY,
@@ -25,7 +24,7 @@ from conftest import (
     randomise_adapters,
     tiny_llama,
 )
-from model import SubnetConfig, SuperTransformer, load_pretrained
+from model import SubnetConfig, SuperTransformer, common_heads, load_pretrained, pad_heads
 
 PAIR = data.TASKS["mrpc"]
 
@@ -320,8 +319,8 @@ def test_heads_of_zeros_change_the_shape_and_not_the_function(family):
     phi = SubnetConfig(12, 2, 10, (0, 2))  # 2 heads of 4 at hidden size 12
     small = model.extract(phi)
     expected = {"bert": 3, "gpt": 3, "llama": 2}  # a Llama's config.json has a head_dim
-    assert small.common_heads() == expected[family]
-    padded = small.pad_heads(3)
+    assert common_heads(small) == expected[family]
+    padded = pad_heads(small, 3)
     assert (padded(**x)[0] - small(**x)[0]).abs().max() < 1e-6
     extra = padded.layers[0].attention_output.weight[:, 2 * 4 :]
     assert extra.numel() and not extra.any()
@@ -330,9 +329,9 @@ def test_heads_of_zeros_change_the_shape_and_not_the_function(family):
 def test_which_shapes_other_libraries_can_express():
     """BERT: heads x head size is hidden size. Llama: heads divide hidden size, in whole groups."""
     bert = FAMILIES["bert"]()
-    found = lambda model, hidden, heads: model.extract(
-        SubnetConfig(hidden, heads, 8, (0,))
-    ).common_heads()
+    found = lambda model, hidden, heads: common_heads(
+        model.extract(SubnetConfig(hidden, heads, 8, (0,)))
+    )
     assert [found(bert, 16, 4), found(bert, 16, 1), found(bert, 8, 2)] == [4, 4, 2]
     assert found(bert, 10, 2) is None and found(bert, 8, 4) is None
     grouped = tiny_llama(hidden_size=24, num_attention_heads=6)  # three heads a key
@@ -403,7 +402,7 @@ def test_the_transformers_library_gives_the_same_logits(family, seed, tmp_path):
     hidden = 16 if heads * 4 > 12 else 12
     phi = SubnetConfig(hidden, heads, sizes.intermediate_size, sizes.layers)
     small = model.extract(phi)
-    form, said = evaluate.common_form(small, pad=small.common_heads() != heads)
+    form, said = evaluate.common_form(small, pad=common_heads(small) != heads)
     assert "can load it" in said
     tokenizer_files(tmp_path)
     evaluate.export(form, tmp_path / "out", tmp_path, ("no", "maybe", "yes"), "card")
@@ -568,10 +567,10 @@ def test_one_supernet_serves_a_budget_that_changes_from_request_to_request():
     model = trained("bert")
     supernet = model.extract(model.maxnet)
     own = {p.untyped_storage().data_ptr() for p in supernet.parameters()}
-    read, product = set(), model_module.product
+    read, linear = set(), torch.nn.functional.linear
     with pytest.MonkeyPatch.context() as patch:
-        spy = lambda x, W, b: read.add(W.untyped_storage().data_ptr()) or product(x, W, b)
-        patch.setattr(model_module, "product", spy)
+        spy = lambda x, W, b: read.add(W.untyped_storage().data_ptr()) or linear(x, W, b)
+        patch.setattr(torch.nn.functional, "linear", spy)
         requests = [(random_phi(seed), batch(seed)) for seed in range(20)]
         answers = [supernet(**x, phi=phi)[0] for phi, x in requests]
     assert len(read) > 20 and read <= own

@@ -17,7 +17,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import evaluate  # noqa: E402
 from mlfs import configuration_space  # noqa: E402
-from model import Bert  # noqa: E402
+from model import Bert, initialise  # noqa: E402
 
 CONFIG = {"model_type": "bert", "vocab_size": 30522, "hidden_size": 768, "num_attention_heads": 12,
           "head_dim": 64, "intermediate_size": 3072, "num_hidden_layers": 12,
@@ -39,7 +39,7 @@ def medians(contestants: dict[str, Callable], rounds: int) -> dict[str, float]:
 @torch.inference_mode()
 def main(dtype: torch.dtype) -> None:
     from transformers import BertConfig, BertForSequenceClassification  # to compare with, not ours
-    ours = Bert(CONFIG).initialise().to(dtype)
+    ours = initialise(Bert(CONFIG)).to(dtype)
     theirs = BertForSequenceClassification(BertConfig()).eval().to(dtype)
     space = configuration_space(ours.maxnet)
     print(f"{evaluate.device_name('cpu')}, {torch.get_num_threads()} threads, {dtype}, torch "

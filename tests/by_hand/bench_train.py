@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 import evaluate  # noqa: E402
 import mlfs  # noqa: E402
-from model import Bert, SuperTransformer, load_pretrained  # noqa: E402
+from model import Bert, SuperTransformer, initialise, load_pretrained  # noqa: E402
 
 
 # ------------------------------------------------------------------- what takes turns: step by step
@@ -46,10 +46,10 @@ def random_examples(rows: int, tokens: int) -> data.Examples:
 
 def random_bert(layers: int, dtype: torch.dtype, hidden: int = 384) -> Bert:
     """MiniLM's shape (heads of 32, FFN of 4 x hidden) with so many layers, random weights."""
-    model = Bert({"model_type": "bert", "vocab_size": 30522, "hidden_size": hidden, "head_dim": 32,
+    model = initialise(Bert({"model_type": "bert", "vocab_size": 30522, "hidden_size": hidden, "head_dim": 32,
                   "num_attention_heads": hidden // 32, "intermediate_size": 4 * hidden,
                   "num_hidden_layers": layers, "max_position_embeddings": 512, "num_labels": 2,
-                  "type_vocab_size": 2, "layer_norm_eps": 1e-12, "hidden_act": "gelu"}).initialise()
+                  "type_vocab_size": 2, "layer_norm_eps": 1e-12, "hidden_act": "gelu"}))
     for p in model.parameters():
         p.data = p.data.to(torch.float32 if p.requires_grad else dtype)
     return model

@@ -190,7 +190,7 @@ def alone(argv: list[str], full: bool) -> None:
     for _ in mlfs.mlfs(run.model, run.train, run.space, stage_0):
         pass
     seconds, rows, teacher = time.monotonic() - start, [], run.model.extract(run.space[0])
-    head = sum(p.numel() for n, p in teacher.named_parameters() if n.split(".")[0] in teacher.head)
+    head = sum(p.numel() for n, p in teacher.named_parameters() if n.split(".")[0] in teacher.trained_whole)
     trained = run.model.num_trainable(run.space[0]) + head
     if full:
         teacher, run.settings["dtype"] = teacher.float(), "float32"
@@ -298,7 +298,7 @@ Bert.adapted, Bert.permute = (*few, "attention_output", "output"), permuted
     "frozen-head": """
 make = mlfs.make_optimizer
 def without_head(model, U, moments):
-    for name in model.head[:len(model.head) * (model.num_stages > 1)]:
+    for name in model.trained_whole[:len(model.trained_whole) * (model.num_stages > 1)]:
         getattr(model, name).requires_grad_(False)
     return make(model, U, moments)
 mlfs.make_optimizer = without_head

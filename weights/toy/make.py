@@ -46,7 +46,8 @@ def main(folder: Path) -> None:
     with model.replacing(folder / "vocab.txt") as path:
         path.write_text("\n".join(words) + "\n")
     tokenizer = data.load_tokenizer(folder)
-    bert = model.Bert(CONFIG | {"vocab_size": len(words)}).initialise(SEED).requires_grad_(True)
+    bert = model.initialise(model.Bert(CONFIG | {"vocab_size": len(words)}), SEED)
+    bert.requires_grad_(True)
     optimizer = torch.optim.AdamW(bert.parameters(), weight_decay=0.01, fused=True)
     mask_id, pad_id = tokenizer.token_to_id("[MASK]"), tokenizer.token_to_id("[PAD]")
     for step in tqdm(range(STEPS), disable=None):
@@ -65,7 +66,7 @@ def main(folder: Path) -> None:
         F.cross_entropy(scores, ids[hidden]).backward()
         torch.nn.utils.clip_grad_norm_(bert.parameters(), 1.0)
         optimizer.step()
-    bert.initialise(SEED, bert.head)                                # MLM trains no head
+    model.initialise(bert, SEED, bert.trained_whole)                 # MLM trains no head
     model.save_pretrained(bert, folder)
 
 
