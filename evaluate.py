@@ -982,13 +982,13 @@ def save_adapters(folder: Path, model: SuperTransformer, settings: dict) -> None
     save_tensors(folder / "adapters.safetensors", model.trained_state(), origin)
 
 
-def save_state(folder: Path, model: SuperTransformer, optimizer: torch.optim.Optimizer,
+def save_state(folder: Path, model: SuperTransformer, moments: dict,
                U: dict[int, torch.Tensor], stage: int, step: int) -> None:
     """All that `mlfs` needs to go on: what was trained, U, AdamW's moments, stage and step."""
     tensors = {f"model.{name}": t for name, t in model.trained_state().items()}
     tensors |= {f"U.{l}": u for l, u in U.items()}
-    for i, moments in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{i}.{name}": t for name, t in moments.items()}
+    for i, parts in moments.items():
+        tensors |= {f"optimizer.{i}.{name}": t for name, t in parts.items()}
     save_tensors(folder / "state.safetensors", tensors, {"stage": stage, "step": step})
 
 
@@ -1005,13 +1005,13 @@ def load_state(folder: Path, model: SuperTransformer) -> dict | None:
     fill(model, path, {name.removeprefix("model."): t for name, t in tensors.items()
                        if name.startswith("model.")})
     model.num_stages = position["stage"] + 1         # without adapters, nothing else tells
-    resume = position | {"optimizer": {}, "U": {}}
+    resume = {"stage": position["stage"], "step": position["step"], "moments": {}, "U": {}}
     for name, t in tensors.items():
         kind, number, *moment = name.split(".")
         if kind == "U":
             resume["U"][int(number)] = t
         elif kind == "optimizer":
-            resume["optimizer"].setdefault(int(number), {})[moment[0]] = t
+            resume["moments"].setdefault(int(number), {})[moment[0]] = t
     return resume
 
 
@@ -1023,7 +1023,7 @@ def fill(model: SuperTransformer, path: Path, state: dict[str, torch.Tensor]) ->
         raise ValueError(f"{path}: {error}") from None
 
 
-def keep_log(path: Path, resume: dict | None) -> None:
+def cut_log(path: Path, resume: dict | None) -> None:
     """Drop the lines that will be written again: of a stage's start (step 0), or later ones."""
     def kept(line: str) -> bool:
         try:
@@ -1168,6 +1168,11 @@ def exit_on_bad_input(main: Callable[[], int]) -> int:
         print("\nstopped; training goes on with --resume, HumanEval with the same command",
               file=sys.stderr)
         return 130
+
+
+def help_format(prog: str) -> argparse.HelpFormatter:
+    """Help that is as wide as this file, with an epilogue as it is written."""
+    return argparse.RawDescriptionHelpFormatter(prog, max_help_position=28, width=100)
 
 
 BUDGETS = {"max_params": ("parameters", "parameters"), "max_macs": ("macs", "MACs per token"),

@@ -398,13 +398,12 @@ class BertLayer(nn.Module):
         N = phi.num_attention_heads
         D = self.head_dim
         # Keys and values need all tokens; what no one reads after this layer has no query.
-        x_T = x[:, :tokens]
-        q = split_heads(self.query(x_T, N * D), D)                               # (B, N, T, D)
+        q = split_heads(self.query(x[:, :tokens], N * D), D)                     # (B, N, T, D)
         k = split_heads(self.key(x, N * D), D)                                   # (B, N, S, D)
         v = split_heads(self.value(x, N * D), D)                                 # (B, N, S, D)
         context = attention(q, k, v, bias).transpose(1, 2).flatten(2)            # (B, T, N·D)
         # f(x).add_(x) is x + f(x), written over f(x): a layer takes 3 to 6% less time.
-        x = self.attention_norm(self.attention_output(context, H).add_(x_T))     # (B, T, H)
+        x = self.attention_norm(self.attention_output(context, H).add_(x[:, :tokens]))
         inner = self.activation(self.intermediate(x, phi.intermediate_size))     # (B, T, I)
         return self.output_norm(self.output(inner, H).add_(x))
 
@@ -1236,7 +1235,7 @@ class LowRankLinear(torch.autograd.Function):
             dx = rows @ W                                                        # (M, i)
             if A is not None:
                 dx.addmm_(gB, A.t())
-            dx = dx.view(*g.shape[:-1], -1)
+            dx = dx.view(*g.shape[:-1], dx.size(1))
         if need_W:
             dW = rows.t() @ x
         if need_b:

@@ -61,7 +61,7 @@ def measure(what: str, folder: Path) -> None:
                                   checkpointing=True)
         window = data.Examples([np.arange(256)], None, None)
         for at in mlfs.mlfs(model, window, mlfs.SUBNETS["santacoder"], hp):
-            if at.losses:
+            if isinstance(at, mlfs.Updated):
                 print(json.dumps(at.losses))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
     print(f"{what}: {time.perf_counter() - start:.1f} s, peak {peak:.2f} GiB", flush=True)

@@ -56,13 +56,13 @@ def random_bert(layers: int, dtype: torch.dtype, hidden: int = 384) -> Bert:
 
 
 def iterations(model: SuperTransformer, examples: data.Examples, stage: int = 0, shares: int = 3,
-               **options) -> Iterator[mlfs.Iteration]:
+               **options) -> Iterator[mlfs.Updated]:
     """Those of one stage, by `mlfs` itself; shares: so many widths and so many depths in 𝒜."""
     hp = mlfs.HyperParameters(epochs=tuple(99 * (s == stage) for s in range(3)), gamma=1.0,
                               reorder=False, **options)
     parts = [1 - i / 12 for i in range(shares)], [1 - i / 8 for i in range(shares)]
     space = mlfs.configuration_space(model.maxnet, *(parts if shares != 3 else ()))
-    return (at for at in mlfs.mlfs(model, examples, space, hp) if at.losses)
+    return (at for at in mlfs.mlfs(model, examples, space, hp) if isinstance(at, mlfs.Updated))
 
 
 def ours(minilm: str, glue: str, dtype: str, stage: int = 0) -> Iterator:

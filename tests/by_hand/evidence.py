@@ -199,15 +199,16 @@ def alone(argv: list[str], full: bool) -> None:
         student = teacher.extract(phi)
         if phi != run.space[0]:
             student.add_stage(None if full else hp.rank, hp.seed)
-            parameters, optimizer = mlfs.make_optimizer(student, {}, {})
+            optimizer = mlfs.make_optimizer(student, {}, {})
+            parameters = optimizer.param_groups[0]["params"]
             trained += sum(p.numel() for p in parameters)
-            batches, start = mlfs.stage_batches(run.train, own, 1, 0, device), time.monotonic()
-            for step, (x, y) in enumerate(itertools.islice(batches, steps), 1):
+            batches, start = mlfs.mini_batches(run.train, own, 1, 0, device), time.monotonic()
+            for step, (x, y, *_) in itertools.islice(batches, steps):
                 with torch.no_grad():
                     z_1 = teacher.logits(teacher.encode(**x, phi=run.space[0])[0])
                 z = student.logits(student.encode(**x, phi=student.maxnet)[0])
-                kd = mlfs.kd_loss(z, z_1, hp.temperature, hp.kl, hp.kd_t2)
-                ((1 - hp.alpha) * mlfs.task_loss(z, y) + hp.alpha * kd).backward()
+                kd = mlfs.kd_loss(z, z_1, hp.temperature, hp.kl)
+                ((1 - hp.alpha) * mlfs.task_loss(z, y) + hp.alpha * kd).mean().backward()
                 torch.nn.utils.clip_grad_norm_(parameters, hp.clip or math.inf)
                 optimizer.param_groups[0]["lr"] = mlfs.learning_rate(hp, step, steps)
                 optimizer.step()
@@ -260,14 +261,15 @@ def gradients(name: str = "third/mlfs-seed0", batches: int = 20) -> None:
     U = mlfs.feature_projections(space[-1].layers, hp.d_low, space[0].hidden_size, hp.seed)
     norms: dict = {phi.name: {} for phi in space[1:]}
     for x, y in data.batches(examples.take(drawn), hp.batch_size, seed=0):
+        batch = mlfs.whole_batch(x, y)
         with torch.no_grad():
             s_1, h_1 = model.encode(**x, phi=space[0], features=U)
             z_1 = model.logits(s_1)
         for phi in space[1:]:
             s, h = model.encode(**x, phi=phi, features=U)
             z = model.logits(s)
-            losses = {"task": mlfs.task_loss(z, y), "kd": mlfs.kd_loss(z, z_1),
-                      "fd": mlfs.fd_loss(h, h_1, U, hp.beta, x["mask"])}
+            losses = {"task": mlfs.task_loss(z, y).mean(), "kd": mlfs.kd_loss(z, z_1).mean(),
+                      "fd": batch.token_mean(mlfs.fd_loss(h, h_1, U, hp.beta))}
             for loss, value in losses.items():
                 g = torch.autograd.grad(value, trained, retain_graph=True, allow_unused=True)
                 norm = sum(float(t.square().sum()) for t in g if t is not None) ** 0.5
@@ -279,7 +281,7 @@ def gradients(name: str = "third/mlfs-seed0", batches: int = 20) -> None:
 
 PATCHES = {                                    # what no option of mlfs.py does, by variant
     "learn-u-naively": "mlfs.orthonormalise = lambda U: None",
-    "no-kl": "mlfs.kd_loss = lambda z_j, *more: 0 * z_j.sum()",
+    "no-kl": "mlfs.kd_loss = lambda z_j, *more: 0 * z_j.sum(-1)",
     "wider-start": """
 add_stage = model.ElasticLinear.add_stage
 def wider(self, rank, generator):

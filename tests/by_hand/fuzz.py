@@ -114,9 +114,9 @@ def read_resumed(folder: Path) -> object:
     evaluate.take_folder(folder / "run", settings, resume=True, overwrite=False)
     model = load_pretrained(SOURCE / "base")
     resume = evaluate.load_state(folder / "run", model)
-    evaluate.keep_log(folder / "run" / "log.jsonl", resume)
+    evaluate.cut_log(folder / "run" / "log.jsonl", resume)
     log = (folder / "run" / "log.jsonl").read_text() if resume else ""
-    place = resume and (resume["stage"], resume["step"], sorted(resume["optimizer"]))
+    place = resume and (resume["stage"], resume["step"], sorted(resume["moments"]))
     return place, show_logits(model), len(log)
 
 
@@ -278,9 +278,10 @@ def make_source(folder: Path) -> None:
     ids = [np.arange(2, 8, dtype=np.int32) + i for i in range(8)]
     examples = data.Examples(ids, [np.zeros(6, np.int8)] * 8, np.arange(8) % 3)
     log = ""
-    for at in mlfs.mlfs(model, examples, space, hp):
-        log += json.dumps({"stage": at.stage, "step": at.step, "loss": at.losses and {"w": 1.0}})
-        log += "\n"
+    state = mlfs.State()
+    for at in mlfs.mlfs(model, examples, space, hp, state):
+        loss = {"w": 1.0} if isinstance(at, mlfs.Updated) else {}
+        log += json.dumps({"stage": at.stage, "step": at.step, "loss": loss}) + "\n"
         if (at.stage, at.step) == (1, 2):
             break
     rows = settings["space"]
@@ -293,7 +294,7 @@ def make_source(folder: Path) -> None:
     run = folder / "run"
     evaluate.write_json(run / "run.json", settings)
     evaluate.save_adapters(run, model, settings)
-    evaluate.save_state(run, model, at.optimizer, at.U, at.stage, at.step)
+    evaluate.save_state(run, model, state.moments, state.U, state.stage, state.step)
     evaluate.write_palette(run, settings, data.TASKS["sst2"], rows, measured)
     (run / "log.jsonl").write_text(log)
 
