@@ -155,7 +155,7 @@ def outside_in(layers: tuple[int, ...]) -> tuple[int, ...]:
     So a shallow subnet lacks a block in the middle. The layers of a pre-LN model add to one
     residual stream: the middle adds the least, and without the first nothing works (README).
     """
-    pairs = zip(layers[::-1], layers, strict=True)
+    pairs = zip(layers[::-1], layers)
     return tuple(l for pair in pairs for l in pair)[:len(layers)]
 
 
@@ -471,7 +471,7 @@ def importance(model: SuperTransformer, examples: data.Examples,
         last, _ = model.encode(**x, phi=model.maxnet)
         loss = output_loss(model, last, last, whole_batch(x, y), 0.0, hp)
         gradients = torch.autograd.grad(loss, list(readers.values()))
-        for (key, W), dW in zip(readers.items(), gradients, strict=True):
+        for (key, W), dW in zip(readers.items(), gradients):
             # From y = W (ξ ⊙ x) follows ∂ℓ/∂ξ_i = Σ_o W_oi ∂ℓ/∂W_oi: no gate is needed.
             gate = (W.detach().float() * dW.float()).sum(0)          # (N·D,) or (I,)
             if key.endswith("heads"):
@@ -502,7 +502,7 @@ class InChunks(torch.autograd.Function):
                 value = loss(part, rows)
             d_part, *more = torch.autograd.grad(value, [part, *trained])
             d_last[rows] = d_part
-            for d, d_more in zip(d_trained, more, strict=True):
+            for d, d_more in zip(d_trained, more):
                 d += d_more
             total = total + value.detach()
         ctx.save_for_backward(d_last, *d_trained)
@@ -551,7 +551,7 @@ def finite_losses(stage: int, step: int, losses: dict[str, Tensor],
                   norm: Tensor) -> dict[str, float]:
     """The losses as floats. ValueError names stage, step and subnet of the first not finite."""
     # One transfer from the device for all of them.
-    values = dict(zip(losses, torch.stack(list(losses.values())).tolist(), strict=True))
+    values = dict(zip(losses, torch.stack(list(losses.values())).tolist()))
     named = {f"the loss of subnet {name}": value for name, value in values.items()}
     for what, value in (named | {"the norm of Eq. 6's gradient": float(norm)}).items():
         if not math.isfinite(value):
@@ -580,7 +580,7 @@ def add_up(tensors: list[Tensor]) -> None:
     if processes()[1] > 1:
         flat = torch.cat([t.flatten() for t in tensors])
         dist.all_reduce(flat)
-        for t, total in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+        for t, total in zip(tensors, flat.split([t.numel() for t in tensors])):
             t.copy_(total.view_as(t))
 
 
@@ -628,6 +628,7 @@ def told_to_stop(stopped: list[int], device: str) -> int:
 
 # ------------------------------------------------------------------------------------------ a run
 
+ROWS = ("train", "held_out", "dev", "dev_mismatched")
 STAGES = ("fine-tune the teacher (𝒜_0 = the maxnet)", "sample widths at full depth",
           "sample widths and depths")
 
@@ -653,7 +654,7 @@ class Run:
         history = [row["history"] for row in self.palette] or [{} for _ in self.space]
         rows = evaluate.palette(self.model, self.space, self.task, self.splits)
         self.palette = [row | {"history": past | {moment: row["score"]}}
-                        for row, past in zip(rows, history, strict=True)]
+                        for row, past in zip(rows, history)]
         measured = {"adapters": evaluate.digest(self.model.trained_state()),
                     "dtype": self.settings["dtype"]}
         evaluate.write_palette(self.folder, self.settings, self.task, self.palette, measured)
@@ -682,7 +683,10 @@ class Run:
             if event.stage == 1 and self.hp.reorder:
                 self.measure("reordered")
             self.settings["start_scores"][event.stage] = self.held_out_score()
-        print(announcement(self, event), flush=True)
+        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        share = trained / self.settings["space"][0]["parameters"]
+        print(f"\nStage {event.stage}: {STAGES[event.stage]}; trains {trained:,} weights, "
+              f"{share:.1%} of the model; {event.steps:,} steps", flush=True)
         self.bar = tqdm(total=event.steps, initial=event.step, disable=None, unit=" steps",
                         desc=f"stage {event.stage}", dynamic_ncols=True)
         self.started = time.monotonic()
@@ -704,9 +708,8 @@ class Run:
             self.bar.write(
                 f"warning: stage {event.stage}, step {event.step}: on held-out training data the "
                 f"maxnet's {metric} went from {evaluate.show(metric, before)} to "
-                f"{evaluate.show(metric, score)}, and its students follow it; a lower "
-                f"--learning-rate or --clip helps, or, with low-rank adapters, --teacher fixed",
-                file=sys.stderr)
+                f"{evaluate.show(metric, score)}; a lower --learning-rate or --clip helps, or "
+                f"--teacher fixed", file=sys.stderr)
 
     def checkpoint(self, event: StageBegins | Updated, state: State) -> None:
         self.settings["seconds"][event.stage] += time.monotonic() - self.started
@@ -727,25 +730,6 @@ class Run:
 def is_new(event: StageBegins | Updated) -> bool:
     """Not what the run that is gone on with has logged already."""
     return isinstance(event, Updated) or event.step == 0
-
-
-def announcement(run: Run, event: StageBegins) -> str:
-    """What a stage trains, in one line."""
-    n_1 = run.model.num_trainable(run.space[0])
-    whole = run.settings["space"][0]["parameters"]
-    head = sum(p.numel() for name, p in run.model.named_parameters()
-               if name.split(".")[0] in run.model.trained_whole and p.requires_grad)
-    what = f"A_{event.stage}, B_{event.stage} ({n_1:,} entries)"
-    if run.hp.adapters == "full":
-        what, n_1, head = "all of W", whole, 0
-    elif head:
-        what += f" and the head ({head:,})"
-    line = (f"\nStage {event.stage}: {STAGES[event.stage]}; trains {what}, "
-            f"{(n_1 + head) / whole:.1%} of the model; {event.steps:,} steps")
-    world = processes()[1]
-    if world > 1:
-        line += f", of which each of {world} processes sends {4e-6 * (n_1 + head):.1f} MB"
-    return line
 
 
 def train(run: Run, state: State) -> int:
@@ -874,32 +858,29 @@ def prepare(args: argparse.Namespace, given: dict) -> tuple[Run, State]:
     splits = {split: data.encode(tokenizer, part, hp.max_length) for split, part in rows.items()}
     train, held_out = data.hold_out(splits.pop("train"), hp.seed, hp.train_examples)
     splits = {split: data.draw(part, hp.dev_examples) for split, part in splits.items()}
-    counts = {"train": train, "held_out": held_out} | splits
-    read = {"folder": str(data_folder.resolve())}
-    read |= {"skipped": rows["train"].skipped} if rows["train"].skipped else {}
-    read |= {split: len(part.ids) for split, part in counts.items()}
+    counts = {split: len(part.ids) for split, part in splits.items()}
     settings = {
         "task": name, "note": note, "num_labels": max(1, len(data.TASKS[name].labels)),
         "base": {"folder": str(model_folder.resolve()),
                  "sha256": evaluate.base_digest(model_folder)},
-        "data": read, "hyper_parameters": dataclasses.asdict(hp),
+        "data": {"folder": str(data_folder.resolve()), "skipped": rows["train"].skipped,
+                 "train": len(train.ids), "held_out": len(held_out.ids)} | counts,
+        "hyper_parameters": dataclasses.asdict(hp),
         "space": [evaluate.describe(model, phi) for phi in space],
-        "dtype": str(pick_dtype(hp, args.device)).removeprefix("torch."),
+        "device": args.device, "dtype": str(pick_dtype(hp, args.device)).removeprefix("torch."),
+        "processor": evaluate.device_name(args.device), "machine": platform.platform(),
+        "processes": processes()[1], "threads": torch.get_num_threads(),
+        "python": platform.python_version(), "torch": torch.__version__,
         "seconds": [0.0] * 3, "start_scores": [0.0] * 3, "peak_memory": 0, "command": args.command,
-    } | machine(args.device)
-    own = name == "toy" and model_folder == data.DOWNLOADS / "toy"
-    default = "toy" if own else f"{name}-{model_folder.resolve().name}"
-    run = Run(args.out or Path("runs") / default, settings, hp, data.TASKS[name], model, space,
-              train, held_out, splits, [])
+    }
+    folder = args.out or Path("runs") / default_name(name, model_folder)
+    run = Run(folder, settings, hp, data.TASKS[name], model, space, train, held_out, splits, [])
     return run, take_folder(run, args)
 
 
-def machine(device: str) -> dict:
-    """Where a run is made, for run.json."""
-    return {"device": device, "processor": evaluate.device_name(device),
-            "processes": processes()[1], "threads": torch.get_num_threads(),
-            "machine": platform.platform(), "python": platform.python_version(),
-            "torch": torch.__version__}
+def default_name(task: str, model_folder: Path) -> str:
+    own = task == "toy" and model_folder == data.DOWNLOADS / "toy"
+    return "toy" if own else f"{task}-{model_folder.resolve().name}"
 
 
 def take_folder(run: Run, args: argparse.Namespace) -> State:
@@ -934,6 +915,8 @@ def main(argv: Iterable[str] | None = None) -> int:
               file=sys.stderr)
         return 128 + number
     print(closing(run))
+    if run.settings["note"]:
+        print(run.settings["note"])
     return 0
 
 
@@ -941,16 +924,12 @@ def opening(run: Run) -> str:
     """What is about to be done, on what."""
     s = run.settings
     hp = run.hp
-    rank = f"r = {hp.rank}" if hp.adapters == "low-rank" else "full rank"
-    skipped = [f"{n} {why}" for why, n in s["data"].get("skipped", {}).items() if n]
-    files = f"; skipped files: {', '.join(skipped)}" if skipped else ""
-    return (f"MLFS on {s['task']}: {Path(s['base']['folder']).name} ({type(run.model).__name__}, "
-            f"{s['space'][0]['parameters'] / 1e6:.1f}M parameters); {s['data']['train']:,} "
-            f"examples to train on, {s['data']['held_out']:,} held out, {s['data']['dev']:,} "
-            f"dev{files}\n"
-            f"𝒜: {len(run.space)} subnets, {run.space[0].name} to {run.space[-1].name}; {rank}, "
-            f"α = {hp.alpha:g}, γ = {hp.gamma:g}; {s['device']}, {s['dtype']}, seed {hp.seed}; "
-            f"writes {run.folder}/")
+    rows = ", ".join(f"{size:,} {split}" for split, size in s["data"].items() if split in ROWS)
+    return (f"MLFS on {s['task']}: {Path(s['base']['folder']).name}, "
+            f"{s['space'][0]['parameters'] / 1e6:.1f}M parameters; examples: {rows}\n"
+            f"𝒜: {len(run.space)} subnets, {run.space[0].name} to {run.space[-1].name}; "
+            f"{hp.adapters}, r = {hp.rank}, α = {hp.alpha:g}, γ = {hp.gamma:g}; {s['device']}, "
+            f"{s['dtype']}, seed {hp.seed}; writes {run.folder}/")
 
 
 def closing(run: Run) -> str:
@@ -958,16 +937,15 @@ def closing(run: Run) -> str:
     s = run.settings
     metric = run.task.metrics[0]
     stored = (run.folder / "adapters.safetensors").stat().st_size / 1e6
-    choices = [f"{row['name']} ({evaluate.quality(row, metric)}) from {most / 1e6:.2f}M parameters "
-               f"on" for most, row in evaluate.worth_shipping(run.palette, metric)]
-    note = s["note"] + ". " if s["note"] else ""
+    choices = ", ".join(f"{row['name']} ({evaluate.quality(row, metric)}) from {most / 1e6:.2f}M "
+                        f"parameters on"
+                        for most, row in evaluate.worth_shipping(run.palette, metric))
     return (f"\n{evaluate.title(s['task'], metric, s['data']['dev'])}\n\n"
             f"{evaluate.final_table(run.palette, metric)}\n\n"
             f"Trained in {sum(s['seconds']):.0f} s, at most {s['peak_memory'] / 2**30:.1f} GiB. "
             f"{run.folder}/adapters.safetensors ({stored:.1f} MB) and the base model make all "
             f"{len(run.space)} subnets.\n"
-            f"{note}Ship the smallest within one standard error of the best that fits: "
-            f"{', '.join(choices)}.")
+            f"Ship the smallest within one standard error of the best that fits: {choices}.")
 
 
 MODEL_OPTIONS = ("max_length", "widths", "depths", "hidden")
