@@ -1,4 +1,4 @@
-"""The script behind the README's Results: what it holds out, what it counts, what it writes."""
+"""The script behind .github/results: what it holds out, what it counts, what it writes."""
 
 import json
 import random
