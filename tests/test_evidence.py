@@ -4,11 +4,11 @@ import json
 import random
 import shutil
 
+import evidence
 from conftest import RUN_OPTIONS, load_small_toy
 
 import data
 import evaluate
-import evidence
 
 
 def test_no_phrase_of_a_held_out_sentence_is_trained_on(tmp_path, capsys):
