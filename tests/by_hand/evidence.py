@@ -5,7 +5,7 @@
     python tests/by_hand/evidence.py full-teacher      # stage 0 in full, exported: weights/full-teacher
     python tests/by_hand/evidence.py run [NAME ...]    # all, or those whose name holds one of these
     python tests/by_hand/evidence.py gradients         # how strongly each loss pulls
-    python tests/by_hand/evidence.py tables            # that page's tables, .github/*.png (matplotlib)
+    python tests/by_hand/evidence.py tables            # the page's tables, .github/*.png (matplotlib)
 
 Needs weights/minilm-l6, weights/smollm2-135m, GLUE in weights/glue, and what the first three
 commands make. A run that stands in .github/results is not repeated, one that was interrupted goes
