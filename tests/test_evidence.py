@@ -1,14 +1,14 @@
-"""The script behind the README's Results: what it holds out, what it counts, what it writes."""
+"""The script behind .github/results: what it holds out, what it counts, what it writes."""
 
 import json
 import random
 import shutil
 
+import evidence
 from conftest import RUN_OPTIONS, load_small_toy
 
 import data
 import evaluate
-import evidence
 
 
 def test_no_phrase_of_a_held_out_sentence_is_trained_on(tmp_path, capsys):

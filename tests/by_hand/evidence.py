@@ -1,11 +1,11 @@
-"""The runs behind the README's Results, and its tables and pictures, made from their raw files.
+"""The runs behind .github/results, and its page's tables and pictures, made from their raw files.
 
     python tests/by_hand/evidence.py split             # a held-out part of SST-2's TRAIN: weights/held-out
     python tests/by_hand/evidence.py custom            # two thirds of SmolLM2's width: weights/custom
     python tests/by_hand/evidence.py full-teacher      # stage 0 in full, exported: weights/full-teacher
     python tests/by_hand/evidence.py run [NAME ...]    # all, or those whose name holds one of these
     python tests/by_hand/evidence.py gradients         # how strongly each loss pulls
-    python tests/by_hand/evidence.py tables            # README.md's tables, .github/*.png (matplotlib)
+    python tests/by_hand/evidence.py tables            # the page's tables, .github/*.png (matplotlib)
 
 Needs weights/minilm-l6, weights/smollm2-135m, GLUE in weights/glue, and what the first three
 commands make. A run that stands in .github/results is not repeated, one that was interrupted goes
@@ -525,7 +525,7 @@ def estimates() -> str:
 
 
 def tables() -> dict[str, str]:
-    """What stands between <!-- evidence: NAME --> and <!-- end --> in the README."""
+    """What stands between <!-- evidence: NAME --> and <!-- end --> in .github/results/README.md."""
     kinds = {"third": variants, "teacher": teachers,
              "sst2-teacher": teachers, "long": against, "custom": curves}
     made = {group: kinds.get(group, stages)(group) for group in GROUPS if load(group)}
@@ -582,13 +582,13 @@ def gamma_picture(window: int = 5) -> None:
 
 
 def rewrite() -> None:
-    """Puts the tables into README.md and draws the pictures."""
-    readme = ROOT / "README.md"
-    text = readme.read_text("utf-8")
+    """Puts the tables into the page of results and draws the pictures."""
+    page = RESULTS / "README.md"
+    text = page.read_text("utf-8")
     for name, table in tables().items():
         text = re.sub(rf"(<!-- evidence: {name} -->\n).*?(<!-- end -->)",
                       lambda found: f"{found[1]}\n{table}\n\n{found[2]}", text, flags=re.S)
-    readme.write_text(text, "utf-8")
+    page.write_text(text, "utf-8")
     pictures()
     gamma_picture()
 
