@@ -4,11 +4,10 @@ import json
 import random
 import shutil
 
-from conftest import RUN_OPTIONS, load_small_toy
-
 import data
 import evaluate
 import evidence
+from conftest import RUN_OPTIONS, load_small_toy
 
 
 def test_no_phrase_of_a_held_out_sentence_is_trained_on(tmp_path, capsys):

@@ -79,7 +79,7 @@ def test_a_share_that_the_model_cannot_take_is_refused(tiny, share):
 
 
 def test_two_subnets_cannot_have_one_name():
-    """Losses and scores go by name: of w0.5 with 1,500 neurons and w0.5 with 1,501 one were lost."""
+    """Losses and scores go by name: of w0.5 with 1,500 neurons and w0.5 with 1,501 one was lost."""
     maxnet = tiny_bert(intermediate_size=3000).maxnet
     with pytest.raises(ValueError, match="two subnets would be called w0.5-d4"):
         configuration_space(maxnet, widths=[0.5, 0.5004])
@@ -152,7 +152,8 @@ def test_eq11_fd_projects_with_the_leading_columns_of_the_maxnets_U():
     h_1 = {0: torch.full((1, 2, 3), 9.0), 1: torch.tensor([[[1.0, 1.0, 1.0], [5.0, 5.0, 5.0]]])}
     h_j = {1: torch.tensor([[[1.0, 3.0], [7.0, 7.0]]])}
     mask = torch.tensor([[1, 0]])
-    # token 0: U_j h_j = (1, 3), U_1 h_1 = (1 + 2, 1) -> squared distance 4 + 4 = 8; token 1 is padding
+    # token 0: U_j h_j = (1, 3), U_1 h_1 = (1 + 2, 1) -> squared distance 4 + 4 = 8
+    # token 1 is padding
     assert fd_loss(h_j, h_1, U, 0.1, mask, fd_sum=True).item() == pytest.approx(0.8)
     assert fd_loss(h_j, h_1, U, 0.1, mask).item() == pytest.approx(0.4)  # mean over d_low: ours
     # token 1: (7, 7) against (15, 5) -> 64 + 4 = 68; without a mask the mean over both tokens
@@ -238,7 +239,7 @@ def test_the_accumulated_gradient_is_eq6(tiny, monkeypatch, teacher):
         )
         n_1 = 4 * 2 * (3 * 32 + 16 + 24)
         gradients = torch.autograd.grad(loss, list(adapters.values()), allow_unused=True)
-        for name, g in zip(adapters, gradients):
+        for name, g in zip(adapters, gradients, strict=True):
             expected[name] += 0 if g is None else (n_1 / n_j) ** 2 / 4 * g
     seen = {}
     monkeypatch.setattr(
@@ -292,7 +293,7 @@ def test_three_stages_leave_the_pretrained_weights_alone_and_add_rank_3r(tiny):
         for name, p in tiny.named_parameters()
         if name.split(".")[0] not in tiny.head
     }
-    for at in m.mlfs(tiny, examples(), configuration_space(tiny.maxnet), HP):
+    for _ in m.mlfs(tiny, examples(), configuration_space(tiny.maxnet), HP):
         pass
     after = dict(tiny.named_parameters())
     assert all(torch.equal(after[name], p) for name, p in before.items())
@@ -363,13 +364,13 @@ def test_a_resumed_run_ends_with_the_same_adapters(tmp_path, stop, teacher):
     hp = dataclasses.replace(HP, reorder=True, learn_u=True, teacher=teacher)
     space = configuration_space(tiny_bert().maxnet)
     whole, first, second = tiny_bert(), tiny_bert(), tiny_bert()
-    for at in m.mlfs(whole, examples(), space, hp):
+    for _ in m.mlfs(whole, examples(), space, hp):
         pass
     for at in m.mlfs(first, examples(), space, hp):
         if (at.stage, at.step) == stop and at.losses:
             evaluate.save_state(tmp_path, first, at.optimizer, at.U, at.stage, at.step)
             break
-    for at in m.mlfs(second, examples(), space, hp, evaluate.load_state(tmp_path, second)):
+    for _ in m.mlfs(second, examples(), space, hp, evaluate.load_state(tmp_path, second)):
         pass
     for name, t in whole.trained_state().items():
         assert torch.equal(t, second.trained_state()[name]), name
