@@ -120,8 +120,7 @@ def load_glue(task: str, split: str, folder: str | Path) -> Rows:
     texts, labels = [], []
     for number, line in enumerate(lines, 1):
         try:
-            # SST-2's sentences end with a blank, of which some tokenizers would make a token.
-            cells = [cell.strip() for cell in line.decode().split("\t")]
+            cells = line.decode().rstrip("\r").split("\t")
             if number == 1 and isinstance(row.label, str):
                 columns = find_columns(columns, cells)
             else:
@@ -139,7 +138,7 @@ def find_columns(names: tuple[str, ...], header: list[str]) -> tuple[int, ...]:
     """The number of each column that is named; ValueError if the header lacks one."""
     for name in names:
         if name not in header:
-            raise ValueError(f"there is no column {name!r}; the header has {str(header)[:200]}")
+            raise ValueError(f"there is no column {name!r}; the header has {str(header[:20])[:200]}")
     return tuple(header.index(name) for name in names)
 
 
@@ -158,7 +157,8 @@ def read_example(cells: list[str], columns: tuple[int, ...],
     """The sentences and the label of a line; ValueError says what is wrong with it."""
     if len(cells) <= max(columns):
         raise ValueError(f"{len(cells)} columns, at least {max(columns) + 1} are needed")
-    *sentences, word = (cells[column] for column in columns)
+    # SST-2's sentences end with a blank, of which some tokenizers would make a token.
+    *sentences, word = (cells[column].strip() for column in columns)
     label = classes.get(word) if classes else read_score(word)
     if label is None:
         expected = ", ".join(classes) or "a number"
