@@ -62,7 +62,7 @@ def tiny_gpt(seed: int = 0, **changes) -> GPT:
 
 
 def tiny_llama(seed: int = 0, **changes) -> Llama:
-    """CodeLlama's kind: two key/value heads for four heads, rotary positions, an output of its own."""
+    """CodeLlama's kind: two key/value heads for four heads, rotary positions, untied output."""
     config = DECODER | {
         "model_type": "llama",
         "num_key_value_heads": 2,
@@ -107,8 +107,11 @@ def batch(seed: int = 0, size: int = 5, length: int = 9) -> dict[str, torch.Tens
 
 def random_phi(seed: int, group: int = 1) -> SubnetConfig:
     """Any Φ of the tiny models: width, depth and hidden size all vary; heads in whole groups."""
-    draw = lambda low, high: int(torch.randint(low, high + 1, (), generator=generator))
     generator = torch.Generator().manual_seed(seed)
+
+    def draw(low: int, high: int) -> int:
+        return int(torch.randint(low, high + 1, (), generator=generator))
+
     layers = tuple(sorted(torch.randperm(4, generator=generator)[: draw(1, 4)].tolist()))
     return SubnetConfig(draw(4, 16), draw(1, 4 // group) * group, draw(1, 24), layers)
 

@@ -129,7 +129,7 @@ def test_a_byte_order_mark_windows_lines_and_odd_separators_are_harmless(tmp_pat
         ),
         ("text\tlabel\ngood\t1\n", r"line 1: there is no column 'sentence'"),
         ("sentence\tlabel\n", "has no examples"),
-        ("", "has no examples"),
+        ("", r"line 1: there is no column 'sentence'"),
     ],
 )
 def test_a_bad_row_is_named_by_file_and_line(tmp_path, text, words):
@@ -145,9 +145,9 @@ def test_bad_scores_bad_bytes_missing_files_and_unknown_tasks(tmp_path):
         with pytest.raises(ValueError, match="line 2: unknown label .* expected a number"):
             data.load_glue("stsb", "dev", tmp_path)
     (tmp_path / "STS-B/dev.tsv").write_bytes(b"sentence1\t\xff")
-    with pytest.raises(ValueError, match="not UTF-8"):
+    with pytest.raises(ValueError, match="dev.tsv, line 1: 'utf-8' codec can't decode byte 0xff"):
         data.load_glue("stsb", "dev", tmp_path)
-    with pytest.raises(FileNotFoundError, match="there is no .*RTE/dev.tsv; get it with"):
+    with pytest.raises(FileNotFoundError, match="there is no .*RTE/dev.tsv; name the folder that"):
         data.load_glue("rte", "dev", tmp_path)
     with pytest.raises(ValueError, match="unknown task 'sst3'; choose from cola, sst2"):
         data.find_inputs("sst3", None, tmp_path)
@@ -194,7 +194,10 @@ def test_a_pair_is_uncased_word_pieces_with_segments(folder):
     BertWordPieceTokenizer(str(folder / "vocab.txt")).save(str(folder / "tokenizer.json"))
     again = data.encode(data.load_tokenizer(folder), rows, 32)
     assert all(
-        (a == b).all() for a, b in zip(encoded.ids + encoded.segments, again.ids + again.segments)
+        (a == b).all()
+        for a, b in zip(
+            encoded.ids + encoded.segments, again.ids + again.segments, strict=True
+        )
     )
 
 
@@ -282,7 +285,9 @@ def test_every_example_comes_once_an_epoch_padded_to_the_longest_of_its_batch(se
 
 
 def test_the_order_depends_on_the_seed_alone_and_little_is_padded():
-    order = lambda seed: [y.tolist() for _, y in data.batches(numbered(), 16, seed)]
+    def order(seed) -> list:
+        return [y.tolist() for _, y in data.batches(numbered(), 16, seed)]
+
     assert order((0, 1)) == order((0, 1)) != order((0, 2))
     padded = sum(x["ids"].numel() for x, _ in data.batches(numbered(), 16, 0))
     assert padded < 1.15 * sum(len(x) for x in numbered().ids)
@@ -292,9 +297,10 @@ def test_the_order_depends_on_the_seed_alone_and_little_is_padded():
 
 
 def test_a_download_is_unpacked_whole_or_not_at_all(tmp_path, monkeypatch):
-    """The network is replaced by one that delivers, breaks off, or is absent; no partial file is
-    ever left.
+    """The network is replaced by one that delivers, breaks off, or is absent. No partial file is
+    ever left, and the error says what is missing, where, why, and what to do.
     """
+    monkeypatch.setattr(data, "DOWNLOADS", tmp_path)
     whole = tmp_path / "whole.zip"
     with zipfile.ZipFile(whole, "w", zipfile.ZIP_DEFLATED) as archive:
         for name in ("train.tsv", "dev.tsv", "test.tsv"):
@@ -315,13 +321,23 @@ def test_a_download_is_unpacked_whole_or_not_at_all(tmp_path, monkeypatch):
     def absent(url, path):
         raise OSError("no network")
 
-    for fetch, words in ((break_off, "not whole"), (flip, "not whole"), (absent, "no network")):
+    def lacking(url, path):
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("SST-2/train.tsv", "sentence\tlabel\ngood\t1\n")
+
+    for fetch, reason in (
+        (break_off, "File is not a zip file"),
+        (flip, "Bad CRC-32|invalid (block|stored|code)|Error -3"),
+        (lacking, "no item named 'SST-2/dev.tsv'"),
+        (absent, "no network"),
+    ):
         monkeypatch.setattr(torch.hub, "download_url_to_file", fetch)
-        with pytest.raises(OSError, match=words):
-            data.download_glue("sst2", tmp_path / "glue")
+        words = f"data of sst2 is not in .*SST-2 and could not be downloaded .*({reason}).*; put it"
+        with pytest.raises(FileNotFoundError, match=words):
+            data.find_data("sst2")
         assert not list((tmp_path / "glue" / "SST-2").iterdir())
     monkeypatch.setattr(torch.hub, "download_url_to_file", deliver)
-    data.download_glue("sst2", tmp_path / "glue")
+    assert data.find_data("sst2") == tmp_path / "glue"
     assert sorted(p.name for p in (tmp_path / "glue" / "SST-2").iterdir()) == [
         "dev.tsv",
         "train.tsv",
@@ -364,9 +380,10 @@ def test_no_word_list_solves_the_toy():
     """
     splits = data.load_toy(train=4000, dev=1000)
     words = sorted({w for (text,) in splits["train"].texts for w in text.split()})
-    counts = lambda rows: np.array(
-        [[text.split().count(w) for w in words] + [1] for (text,) in rows.texts], float
-    )
+
+    def counts(rows) -> np.ndarray:
+        return np.array([[text.split().count(w) for w in words] + [1] for (text,) in rows.texts])
+
     weights = np.linalg.lstsq(
         counts(splits["train"]), 2.0 * splits["train"].labels - 1, rcond=None
     )[0]
@@ -394,10 +411,12 @@ def test_a_model_that_arrives_in_part_is_no_model(tmp_path, monkeypatch):
     def partial(name, local_dir, **_):
         write(local_dir, "config.json", "{}")
 
+    monkeypatch.setattr(data, "DOWNLOADS", tmp_path)
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *_, **__: None)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", partial)
-    with pytest.raises(OSError, match="is not whole: it has no model.safetensors"):
-        data.download_model("some/model", tmp_path)
+    words = "SantaCoder is not in .*santacoder and could not .*no model.safetensors.; put it there"
+    with pytest.raises(FileNotFoundError, match=words):
+        data.find_model("python")
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", silent)
-    with pytest.raises(OSError, match="TimeoutError"):
-        data.download_model("some/model", tmp_path)
+    with pytest.raises(FileNotFoundError, match="BERT-base is not in .* .TimeoutError.; put it"):
+        data.find_model("sst2")

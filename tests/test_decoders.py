@@ -1,5 +1,6 @@
-"""GPT and Llama: slicing, the cache, loading and saving, the losses in chunks, Python code as a task,
-generation and pass@k; against frozen outputs of an independent implementation and sums by hand.
+"""GPT and Llama: slicing, the cache, loading and saving, the losses in chunks, Python code as a
+task, generation and pass@k; against frozen outputs of an independent implementation and sums by
+hand.
 """
 
 import dataclasses
@@ -124,7 +125,7 @@ def test_slice_extract_save_and_load_agree_for_random_phi(family, seed, tmp_path
 
 @pytest.mark.parametrize("layout", ["bert-plain", *LAYOUTS])
 def test_a_slice_of_a_loaded_checkpoint_is_saved_and_loaded_again(layout, tmp_path):
-    """Its config.json must tell the slice's sizes, not those of the checkpoint that it was cut from."""
+    """Its config.json must tell the slice's sizes, not those of the checkpoint it was cut from."""
     model = load_pretrained(REFERENCE / layout)
     phi, ids = SubnetConfig(10, 2, 13, (0, 2)), tokens()
     save_pretrained(model.extract(phi), tmp_path / "small")
@@ -186,11 +187,11 @@ def test_gradient_checkpointing_changes_no_gradient(decoder):
     for decoder.gradient_checkpointing in (False, True):
         s, h = decoder.encode(tokens(), None, decoder.maxnet, features=(1,))
         gradients.append(torch.autograd.grad(s.square().sum() + h[1].sum(), trained))
-    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*gradients))
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*gradients, strict=True))
 
 
 def test_n_j_counts_the_adapter_entries_that_get_a_gradient(decoder):
-    """Alg. 1 line 9: a multi-query key adapter counts whole in every Φ, the others by their slice."""
+    """Alg. 1 line 9: a multi-query key adapter counts whole in every Φ, others by their slice."""
     decoder.add_stage(2)
     randomise_adapters(decoder)
     for phi in mlfs.configuration_space(decoder.maxnet, (1, 0.5), (1, 0.5), (1, 0.5)):
@@ -408,7 +409,7 @@ def test_losses_in_chunks_equal_the_whole_in_value_and_gradient(decoder, full, a
         value = mlfs.output_loss(decoder, s, s_1, batch, alpha, hp, logits)
         got = torch.autograd.grad(3 * value, trained, allow_unused=True)
         assert torch.allclose(value, whole, atol=1e-5)
-        for a, b in zip(want, got):
+        for a, b in zip(want, got, strict=True):
             assert (a is None) == (b is None)
             assert a is None or torch.allclose(3 * a, b, atol=1e-5)
 
@@ -561,7 +562,7 @@ def test_a_decoders_palette_learns_and_is_read_back(run, options, capsys):
 
 
 def test_a_decoder_is_chosen_exported_and_completes_a_text(run, capsys):
-    """The lowest loss within the budget; the exported slice and --predict go on with the same text."""
+    """The lowest loss within the budget; the exported slice and --predict write the same text."""
     folder = run("--epochs", "1,1,1", "--learning-rate", "1e-2")
     capsys.readouterr()
     assert evaluate.main([str(folder), "--max-params", "1e9", "--max-latency-ms", "1e9"]) == 0
@@ -583,7 +584,7 @@ def test_a_decoder_is_chosen_exported_and_completes_a_text(run, capsys):
 
 
 def test_a_random_start_knows_nothing_and_is_read_back(run, capsys):
-    """Figs. 5 and 6: the checkpoint's weights are not used; low-rank adapters sit on the same draw."""
+    """Figs. 5 and 6: the checkpoint's weights are not used; adapters sit on the same draw."""
     folder = run("--init", "random", "--epochs", "1,0,0", "--validate-every", "100")
     first = json.loads((folder / "log.jsonl").read_text().splitlines()[0])["validation"]["w1-d4"]
     assert first == pytest.approx(np.log(257), abs=0.02)
@@ -676,9 +677,12 @@ def test_greedy_text_in_a_batch_is_that_of_each_prompt_alone(family, tokenizer):
 
 def test_drawn_text_depends_on_its_own_seed_alone(tokenizer):
     model, prompts = tiny_gpt(vocab_size=257), ["x = ", "def f"]
-    draw = lambda prompts, seeds: evaluate.generate(
-        model, tokenizer, prompts, 8, temperature=1.0, top_p=0.9, seeds=seeds
-    )
+
+    def draw(prompts, seeds) -> list[str]:
+        return evaluate.generate(
+            model, tokenizer, prompts, 8, temperature=1.0, top_p=0.9, seeds=seeds
+        )
+
     one, two = draw(prompts, [3, 4])
     assert draw(prompts[1:], [4]) == [two] and draw(prompts[:1], [5]) != [one]
 
@@ -727,7 +731,10 @@ def test_a_completion_keeps_the_space_that_it_begins_with(monkeypatch):
     )
     tokenizer.add_special_tokens(["</s>"])
     ids, model = iter([1, 1, 3, 0]), tiny_llama(vocab_size=4)
-    one_hot = lambda self, s: F.one_hot(torch.tensor([next(ids)]), 4).float()
+
+    def one_hot(self, s) -> torch.Tensor:
+        return F.one_hot(torch.tensor([next(ids)]), 4).float()
+
     monkeypatch.setattr(Llama, "logits", one_hot)
     assert evaluate.generate(model, tokenizer, ["p"], 9) == ["  return"]
 
@@ -823,7 +830,7 @@ def test_packed_weights_give_the_same_text_and_no_slice_of_them_is_taken(tokeniz
         ids, phi = tokens(), random_phi(5, model.head_group)
         before = [model(ids, phi=p)[0] for p in (None, phi)]
         model.pack()
-        for p, want in zip((None, phi), before):
+        for p, want in zip((None, phi), before, strict=True):
             assert torch.allclose(model(ids, phi=p)[0], want, rtol=0.05, atol=0.1)
         model.add_stage(2)
         with pytest.raises(AssertionError, match="merge the adapters first"):

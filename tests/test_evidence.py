@@ -4,11 +4,18 @@ import json
 import random
 import shutil
 
+<<<<<<< HEAD
 import evidence
 from conftest import RUN_OPTIONS, load_small_toy
 
 import data
 import evaluate
+=======
+import data
+import evaluate
+import evidence
+from conftest import RUN_OPTIONS, load_small_toy
+>>>>>>> h-data
 
 
 def test_no_phrase_of_a_held_out_sentence_is_trained_on(tmp_path, capsys):

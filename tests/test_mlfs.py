@@ -79,7 +79,7 @@ def test_a_share_that_the_model_cannot_take_is_refused(tiny, share):
 
 
 def test_two_subnets_cannot_have_one_name():
-    """Losses and scores go by name: of w0.5 with 1,500 neurons and w0.5 with 1,501 one were lost."""
+    """Losses and scores go by name: of w0.5 with 1,500 neurons and w0.5 with 1,501 one was lost."""
     maxnet = tiny_bert(intermediate_size=3000).maxnet
     with pytest.raises(ValueError, match="two subnets would be called w0.5-d4"):
         configuration_space(maxnet, widths=[0.5, 0.5004])
@@ -152,7 +152,7 @@ def test_eq11_fd_projects_with_the_leading_columns_of_the_maxnets_U():
     h_1 = {0: torch.full((1, 2, 3), 9.0), 1: torch.tensor([[[1.0, 1.0, 1.0], [5.0, 5.0, 5.0]]])}
     h_j = {1: torch.tensor([[[1.0, 3.0], [7.0, 7.0]]])}
     mask = torch.tensor([[1, 0]])
-    # token 0: U_j h_j = (1, 3), U_1 h_1 = (1 + 2, 1) -> squared distance 4 + 4 = 8; token 1 is padding
+    # token 0: U_j h_j = (1, 3), U_1 h_1 = (1 + 2, 1) -> squared distance 4 + 4 = 8
     # token 1: (7, 7) against (15, 5) -> 64 + 4 = 68
     loss = fd_loss(h_j, h_1, U, 0.1, fd_sum=True)
     assert loss.tolist() == [pytest.approx([0.8, 6.8])]
@@ -241,7 +241,7 @@ def test_the_accumulated_gradient_is_eq6(tiny, monkeypatch, teacher):
         )
         n_1 = 4 * 2 * (3 * 32 + 16 + 24)
         gradients = torch.autograd.grad(loss, list(adapters.values()), allow_unused=True)
-        for name, g in zip(adapters, gradients):
+        for name, g in zip(adapters, gradients, strict=True):
             expected[name] += 0 if g is None else (n_1 / n_j) ** 2 / 4 * g
     seen = {}
     gradients = lambda self: seen.update({name: p.grad.clone() for name, p in adapters.items()})
@@ -292,7 +292,7 @@ def test_three_stages_leave_the_pretrained_weights_alone_and_add_rank_3r(tiny):
         for name, p in tiny.named_parameters()
         if name.split(".")[0] not in tiny.trained_whole
     }
-    for at in m.mlfs(tiny, examples(), configuration_space(tiny.maxnet), HP):
+    for _ in m.mlfs(tiny, examples(), configuration_space(tiny.maxnet), HP):
         pass
     after = dict(tiny.named_parameters())
     assert all(torch.equal(after[name], p) for name, p in before.items())
@@ -363,7 +363,7 @@ def test_a_resumed_run_ends_with_the_same_adapters(tmp_path, stop, teacher):
     hp = dataclasses.replace(HP, reorder=True, learn_u=True, teacher=teacher)
     space = configuration_space(tiny_bert().maxnet)
     whole, first, second = tiny_bert(), tiny_bert(), tiny_bert()
-    for at in m.mlfs(whole, examples(), space, hp):
+    for _ in m.mlfs(whole, examples(), space, hp):
         pass
     state = m.State()
     for at in m.mlfs(first, examples(), space, hp, state):

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from conftest import batch, random_phi, randomise_adapters, tiny_bert
+from mlfs import configuration_space
 from model import (
     Bert,
     ElasticLinear,
@@ -21,7 +22,6 @@ from model import (
     load_trained_state,
     save_pretrained,
 )
-from mlfs import configuration_space
 
 REFERENCE = Path(__file__).parent / "reference"
 
@@ -74,7 +74,7 @@ def test_the_gradient_by_hand_is_that_of_finite_differences(adapters, trained):
     inputs = [torch.randn(size).double() for size in sizes.values()]
     if not adapters:
         inputs[3:], trained = [None, None], trained.strip("AB")
-    for name, t in zip(sizes, inputs):
+    for name, t in zip(sizes, inputs, strict=True):
         if name in trained:
             t.requires_grad_()
     if trained:
@@ -209,7 +209,10 @@ def test_bert_base_has_the_papers_sizes():
     bert.add_stage(8)
     assert (space[0].name, space[-1].name, len(space)) == ("w1-d12", "w0.5-d6", 9)
     assert (bert.num_trainable(space[0]), bert.num_trainable(space[-1])) == (811_008, 276_480)
-    count = lambda module: sum(p.numel() for p in module.parameters())
+
+    def count(module) -> int:
+        return sum(p.numel() for p in module.parameters())
+
     small = bert.skeleton(space[-1])
     assert round(count(small) / 1e6, 1) == 45.7
     assert round(count(small.layers) / count(bert.skeleton(space[0]).layers), 2) == 0.25
@@ -277,7 +280,8 @@ def test_save_and_load_give_the_same_bits_and_never_overwrite(tiny, tmp_path):
     small = randomise_adapters(tiny).extract(configuration_space(tiny.maxnet, hidden=(1, 0.5))[-1])
     save_pretrained(small, tmp_path / "small")
     again = load_pretrained(tmp_path / "small")
-    assert all(torch.equal(p, q) for p, q in zip(small.parameters(), again.parameters()))
+    pairs = zip(small.parameters(), again.parameters(), strict=True)
+    assert all(torch.equal(p, q) for p, q in pairs)
     assert torch.equal(small(**batch())[0], again(**batch())[0])
     with pytest.raises(FileExistsError, match="exists already"):
         save_pretrained(small, tmp_path / "small")
@@ -291,9 +295,12 @@ def test_loading_copies_nothing_that_the_file_can_back(tmp_path):
     """The frozen weights are views of the memory-mapped file: a 100 MB checkpoint takes no 100 MB
     of the process's own memory.
     """
-    own = lambda: int(
-        next(line for line in open("/proc/self/status") if line.startswith("RssAnon")).split()[1]
-    )  # kB
+
+    def own() -> int:
+        """The process's own memory in kB."""
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("RssAnon")).split()[1])
+
     save_pretrained(tiny_bert(vocab_size=400_000, hidden_size=64, head_dim=16), tmp_path)
     before = own()
     model = load_pretrained(tmp_path)

@@ -30,7 +30,7 @@ def examples(family: str, n: int = 25) -> data.Examples:
 
 
 def train(rank: int, world: int, family: str, folder: Path) -> None:
-    """21 iterations, seven a stage; every rank stores what it has learned, its gradients and losses."""
+    """21 iterations, seven a stage; every rank stores what it learned, its gradients and losses."""
     torch.set_num_threads(1)
     if world > 1:
         dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=world)
@@ -127,14 +127,18 @@ def one_of_two(rank: int, folder: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "load_toy", load_small_toy)
         if rank:
-            term = lambda: os.kill(os.getpid(), signal.SIGTERM)
-            at_iteration(3, lambda: (term(), term()), patch)
+
+            def end_twice() -> None:
+                os.kill(os.getpid(), signal.SIGTERM)
+                os.kill(os.getpid(), signal.SIGTERM)
+
+            at_iteration(3, end_twice, patch)
         code = mlfs.main(["--out", str(folder / "toy"), *RUN_OPTIONS])
     (folder / f"{rank}.txt").write_text(str(code))
 
 
 def test_a_signal_to_one_process_stops_all_after_the_same_iteration(tmp_path):
-    """torchrun passes a Ctrl-C on, so it comes twice; rank 0 saves and tells, the others just end."""
+    """torchrun passes a Ctrl-C on, so it comes twice; rank 0 saves and tells, others just end."""
     mp.start_processes(one_of_two, (tmp_path,), nprocs=2, start_method="fork")
     assert [(tmp_path / f"{rank}.txt").read_text() for rank in (0, 1)] == ["143", "0"]
     log = (tmp_path / "toy" / "log.jsonl").read_text()
@@ -167,8 +171,11 @@ def test_a_full_disk_is_one_sentence_and_the_last_checkpoint_stays(
 ):
     """Nothing more can be written from iteration 12 (stage 2) on: what was there still loads."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    full = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
-    at_iteration(12, full, monkeypatch)
+
+    def fill() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+
+    at_iteration(12, fill, monkeypatch)
     try:
         assert command() == 2
     finally:

@@ -4,6 +4,8 @@
     W_Sup = W_Tch + Σ_s A_s B_s     (Eq. 8)   which is a frozen matrix plus low-rank ones
     ΔW_Φ = Π_Φ(Σ_s A_s B_s)         (Eq. 9)   so its fine-tuning is a slice of a shared sum
 """
+from itertools import pairwise
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -60,7 +62,7 @@ def test_eq8_three_stages_add_up():
         linear.add_stage(2, torch.Generator())
     for B in linear.B:
         torch.nn.init.normal_(B)
-    W = linear.weight.T + sum(A @ B for A, B in zip(linear.A, linear.B))
+    W = linear.weight.T + sum(A @ B for A, B in zip(linear.A, linear.B, strict=True))
     assert torch.allclose(linear(torch.eye(8), 6), W, atol=1e-5)
     assert torch.allclose(linear.merged(), W.T, atol=1e-5)
 
@@ -107,7 +109,7 @@ def test_a_subnet_is_the_stand_alone_model_that_extract_returns(seed):
     logits, features = model(**x, phi=phi)
     alone, own = small(**x)                                          # nothing is sliced here
     assert torch.allclose(logits, alone, atol=1e-5)
-    for l, h in zip(phi.layers, own.values()):
+    for l, h in zip(phi.layers, own.values(), strict=True):
         assert torch.allclose(features[l], h, atol=1e-5)
 
 
@@ -115,7 +117,7 @@ def test_a_subnet_is_the_stand_alone_model_that_extract_returns(seed):
                                    (16, 0, 24, (0, 1)), (16, 4, 24, (3, 4)), (16, 4, 24, (2, 1)),
                                    (16, 4, 24, (1, 1)), (16, 4, 24, ())])
 def test_what_is_no_part_of_the_maxnet_is_no_subnet(sizes):
-    """Eight heads of four, a fifth layer, layers turned round: refused, never cut to what is there."""
+    """Eight heads of four, a fifth layer, layers turned round: refused, never cut to fit."""
     model, phi = tiny_bert(), SubnetConfig(*sizes)
     for use in (lambda: model(**batch(), phi=phi), lambda: model.extract(phi)):
         with pytest.raises(ValueError, match="is no part of the maxnet"):
@@ -134,15 +136,17 @@ def test_extract_copies_the_very_numbers_of_the_slice():
 
 
 def test_depths_are_nested_and_spread_and_keep_both_ends():
-    """Every Φ contains the minnet's layers: ℓ_FD compares there. Of 12 layers (0 to 11), depth 4 keeps
-    {0, 3, 6, 11}; two or more keep the first and the last, five or more lack no three in a row."""
+    """Every Φ contains the minnet's layers: ℓ_FD compares there. Of 12 layers (0 to 11), depth 4
+    keeps {0, 3, 6, 11}; two or more keep the first and the last, five or more lack no three in a
+    row.
+    """
     model = tiny_bert(num_hidden_layers=12)
     space = configuration_space(model.maxnet, widths=[1], depths=[d / 12 for d in range(1, 13)])
     layers = {len(phi.layers): phi.layers for phi in space}
     assert layers[1] == (11,) and layers[4] == (0, 3, 6, 11)
     assert all(set(layers[d]) < set(layers[d + 1]) for d in range(1, 12))
     assert all(layers[d][0] == 0 and layers[d][-1] == 11 for d in range(2, 13))
-    assert all(b - a <= 3 for d in range(5, 13) for a, b in zip(layers[d], layers[d][1:]))
+    assert all(b - a <= 3 for d in range(5, 13) for a, b in pairwise(layers[d]))
 
 
 def test_the_permutation_keeps_the_maxnet_and_changes_the_slices():

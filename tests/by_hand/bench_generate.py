@@ -22,13 +22,15 @@ NEW, PROMPT = 64, "def fibonacci(n: int) -> int:\n    "
 def main(folder: str) -> None:
     from transformers import AutoModelForCausalLM  # the library to compare with, not needed by us
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
-    ours, tokenizer = load_pretrained(folder, dtype=torch.bfloat16).pack(), data.load_tokenizer(folder)
+    ours = load_pretrained(folder, dtype=torch.bfloat16).pack()
+    tokenizer = data.load_tokenizer(folder)
     ids = torch.tensor([tokenizer.encode(PROMPT).ids])
     end = data.end_of_text(tokenizer)
     print(f"{torch.get_num_threads()} threads, {NEW} tokens, torch {torch.__version__}")
 
     def run_theirs(batch: int) -> int:
-        out = theirs.generate(ids.expand(batch, -1), attention_mask=torch.ones_like(ids).expand(batch, -1),
+        rows = ids.expand(batch, -1)
+        out = theirs.generate(rows, attention_mask=torch.ones_like(rows),
                               max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False,
                               pad_token_id=end)
         return batch * (out.size(1) - ids.size(1))

@@ -1,6 +1,6 @@
 """SantaCoder's true size on this machine: peak memory and time of loading, a forward pass, a step.
 
-    python tests/by_hand/bench_santacoder.py FOLDER        # writes 2.2 GB of random bfloat16 weights there
+    python tests/by_hand/bench_santacoder.py FOLDER   # writes 2.2 GB of random weights there
 
 The weights are random, as those of the checkpoint cannot be had everywhere: what is measured is
 memory and time, not text. Each measurement is a process of its own. Not a test: run it by hand.
@@ -50,7 +50,7 @@ def write(folder: Path, conv1d: bool) -> None:
 def measure(what: str, folder: Path) -> None:
     start = time.perf_counter()
     model = load_pretrained(folder)
-    if what == "read":                               # every byte of the file, as a model that runs does
+    if what == "read":                               # every byte, as a model that runs does
         sum(p.sum() for p in model.parameters())
     elif what == "forward":
         with torch.no_grad():

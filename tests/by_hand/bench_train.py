@@ -28,7 +28,6 @@ import evaluate  # noqa: E402
 import mlfs  # noqa: E402
 from model import Bert, SuperTransformer, initialise, load_pretrained  # noqa: E402
 
-
 # ------------------------------------------------------------------- what takes turns: step by step
 
 def sst2(minilm: str, glue: str) -> data.Examples:
@@ -72,7 +71,7 @@ def ours(minilm: str, glue: str, dtype: str, stage: int = 0) -> Iterator:
 
 def theirs(minilm: str, glue: str, dtype: str, attention: str) -> Iterator:
     """LoRA with the PEFT library: the same adapters, head, batches, optimiser and clipping."""
-    from peft import LoraConfig, get_peft_model                      # to compare with, not ours
+    from peft import LoraConfig, get_peft_model  # to compare with, not ours
     from transformers import BertForSequenceClassification
     model = BertForSequenceClassification.from_pretrained(
         minilm, num_labels=2, attn_implementation=attention, hidden_dropout_prob=0.0,
@@ -251,10 +250,10 @@ def growth(dtype: str) -> None:
             print(f"  {options}: {gmacs:6.1f} GMACs, {points[-1][1]:6.1f} ms, {peak:.2f} GiB",
                   flush=True)
             run.end()
-        slope, start = np.polyfit(*zip(*points), 1)
+        slope, start = np.polyfit(*zip(*points, strict=True), 1)
         if what in ("K", "layers", "tokens"):
             print(f"  fitted: {start:.1f} ms + {slope:.2f} ms a GMAC; correlation "
-                  f"{np.corrcoef(*zip(*points))[0, 1]:.4f}")
+                  f"{np.corrcoef(*zip(*points, strict=True))[0, 1]:.4f}")
 
 
 def start_up(minilm: str, glue: str, dtype: str) -> None:

@@ -4,8 +4,8 @@
 
 The toy, three stages of 300 iterations, one thread. A moment is drawn from the whole time that an
 undisturbed run takes (the shortest seen); when a run comes to its end before, its adapters are
-compared and the next one begins. Also: a disk that is full (where a small tmpfs can be mounted), a folder that cannot be
-written to. Not a test: run it by hand (about 8 minutes).
+compared and the next one begins. Also: a disk that is full (where a small tmpfs can be mounted), a
+folder that cannot be written to. Not a test: run it by hand (about 8 minutes).
 """
 
 import os

@@ -1,8 +1,8 @@
 """Damaged files, thousands of them: a reader gives the right result or says in a sentence what is
 wrong with which file.
 
-    python tests/by_hand/fuzz.py [--cases 4000] [--seed 0]           # every target and mutation, in minutes
-    python tests/by_hand/fuzz.py --only config/llama/wrong-type/17 --keep DIR       # one case again
+    python tests/by_hand/fuzz.py [--cases 4000] [--seed 0]     # every target and mutation: minutes
+    python tests/by_hand/fuzz.py --only config/llama/wrong-type/17 --keep DIR      # one case again
 
 A case is TARGET/MUTATION/NUMBER; with the seed it tells all. Each runs in a forked process of its
 own and must end in a result (equal to the undamaged one where the mutation is harmless, never where

@@ -11,9 +11,17 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from transformers import (BertConfig, BertForPreTraining, BertForSequenceClassification, BertModel,
-                          GPTBigCodeConfig, GPTBigCodeForCausalLM, LlamaConfig, LlamaForCausalLM,
-                          PreTrainedModel)
+from transformers import (
+    BertConfig,
+    BertForPreTraining,
+    BertForSequenceClassification,
+    BertModel,
+    GPTBigCodeConfig,
+    GPTBigCodeForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 
 HERE = Path(__file__).parent
 SHAPE = {"vocab_size": 50, "hidden_size": 16, "num_attention_heads": 4, "intermediate_size": 24,
@@ -161,10 +169,11 @@ def main() -> None:
     # BertModel.save_pretrained (MiniLM): no prefix; older versions left a stray integer buffer
     config = BertConfig(**SHAPE)
     m = randomise(BertModel(config))
-    write("bert-plain", config, m.state_dict() | {"embeddings.position_ids": torch.arange(12)[None]}, m)
+    positions = {"embeddings.position_ids": torch.arange(12)[None]}
+    write("bert-plain", config, m.state_dict() | positions, m)
     # bert-base-uncased: "bert." in front, LayerNorm.gamma/beta, pre-training heads beside it
     m = randomise(BertForPreTraining(config))
-    old = {key.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): t
+    old = {key.replace("Norm.weight", "Norm.gamma").replace("Norm.bias", "Norm.beta"): t
            for key, t in m.state_dict().items()}
     write("bert-pretraining", config, old, m.bert)
     # a fine-tuned classifier with three classes, another activation and epsilon

@@ -16,32 +16,34 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import data    # noqa: E402
-import model   # noqa: E402
+import data  # noqa: E402
+import model  # noqa: E402
 
 CONFIG = {"model_type": "bert", "hidden_size": 96, "num_attention_heads": 4, "head_dim": 24,
           "intermediate_size": 384, "num_hidden_layers": 4, "max_position_embeddings": 64,
           "type_vocab_size": 2, "layer_norm_eps": 1e-12, "hidden_act": "gelu", "num_labels": 2,
           "pad_token_id": 0}
 STEPS, BATCH, LEARNING_RATE, MASKED, SEED = 3_000, 128, 1e-3, 0.15, 0
+VERDICTS = {True: "recommended", False: "avoid"}
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
 def document(rng: random.Random, unseen: set[str]) -> tuple[str, str]:
     """A review and its verdict."""
     text, score = data.toy_review(rng)
-    return document(rng, unseen) if text in unseen else (text, data.VERDICTS[score > 0])
+    return document(rng, unseen) if text in unseen else (text, VERDICTS[score > 0])
 
 
 def vocabulary() -> list[str]:
-    phrases = [*data.NOUNS, *data.ADJECTIVES, *data.DEGREES, *data.FRAMES, *data.VERDICTS.values(),
+    phrases = [*data.NOUNS, *data.ADJECTIVES, *data.DEGREES, *data.FRAMES, *VERDICTS.values(),
                "the is not never and but although , ."]
-    return [*data.TOY_SPECIAL, *sorted({word for phrase in phrases for word in phrase.split()})]
+    return [*SPECIAL, *sorted({word for phrase in phrases for word in phrase.split()})]
 
 
 def main(folder: Path) -> None:
     torch.manual_seed(SEED)
     rng, unseen = random.Random(SEED + 1), {text for text, in data.load_toy()["dev"].texts}
-    words, special = vocabulary(), len(data.TOY_SPECIAL)
+    words, special = vocabulary(), len(SPECIAL)
     folder.mkdir(parents=True, exist_ok=True)
     with model.replacing(folder / "vocab.txt") as path:
         path.write_text("\n".join(words) + "\n")
@@ -59,7 +61,8 @@ def main(folder: Path) -> None:
         some = torch.rand(ids.shape) < MASKED
         hidden = (ids >= special) & torch.where(verdict, segments.bool(), some)
         _, h = bert(ids.masked_fill(hidden, mask_id), (ids != pad_id).long(), segments=segments)
-        scores = h[bert.maxnet.layers[-1]][hidden] @ bert.word_embeddings.weight.T          # the output is the embedding
+        # The output matrix is the embedding, as in BERT's own pre-training.
+        scores = h[bert.maxnet.layers[-1]][hidden] @ bert.word_embeddings.weight.T
         rate = min(1, (step + 1) / 200, (STEPS - step) / (STEPS * 0.7))
         optimizer.param_groups[0]["lr"] = LEARNING_RATE * rate
         optimizer.zero_grad()
