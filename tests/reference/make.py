@@ -21,6 +21,8 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
+    RobertaConfig,
+    RobertaForSequenceClassification,
 )
 
 HERE = Path(__file__).parent
@@ -164,6 +166,29 @@ def decoders() -> None:
           rope_parameters={"rope_type": "default", "rope_theta": 1e6})
 
 
+def roberta() -> None:
+    """Positions from 2 on, one token type; id 1 is padding, and has no position of its own."""
+    torch.manual_seed(2)
+    config = RobertaConfig(**SHAPE | {"max_position_embeddings": 14}, type_vocab_size=1,
+                           layer_norm_eps=1e-5, num_labels=3, pad_token_id=1)
+    m = randomise(RobertaForSequenceClassification(config))
+    folder = HERE / "roberta-classifier"
+    folder.mkdir(exist_ok=True)
+    kept = {key: value for key, value in config.to_dict().items() if key in KEPT}
+    (folder / "config.json").write_text(json.dumps(kept, indent=1) + "\n")
+    save_file({key: t.clone() for key, t in m.state_dict().items()},
+              folder / "model.safetensors", {"format": "pt"})
+    ids = torch.randint(2, 50, (3, 9))
+    mask = torch.ones_like(ids)
+    mask[1, 6:], mask[2, 4:] = 0, 0
+    ids[mask == 0] = 1
+    with torch.no_grad():
+        out = m(input_ids=ids, attention_mask=mask, output_hidden_states=True)
+    expected = {"ids": ids, "mask": mask, "logits": out.logits}
+    expected |= {f"hidden.{l}": h.clone() for l, h in enumerate(out.hidden_states[1:])}
+    save_file(expected, folder / "expected.safetensors")
+
+
 def main() -> None:
     torch.manual_seed(0)
     # BertModel.save_pretrained (MiniLM): no prefix; older versions left a stray integer buffer
@@ -181,6 +206,7 @@ def main() -> None:
     m = randomise(BertForSequenceClassification(config))
     write("bert-classifier", config, m.state_dict(), m.bert, m.classifier)
     decoders()
+    roberta()
 
 
 if __name__ == "__main__":
