@@ -1170,9 +1170,17 @@ def exit_on_bad_input(main: Callable[[], int]) -> int:
         return 130
 
 
-def help_format(prog: str) -> argparse.HelpFormatter:
-    """Help that is as wide as this file, with an epilogue as it is written."""
-    return argparse.RawDescriptionHelpFormatter(prog, max_help_position=28, width=100)
+class Parser(argparse.ArgumentParser):
+    """One whose errors are a sentence, and whose help has lines of at most 100 characters."""
+
+    def __init__(self, documentation: str):
+        formatter = lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=26, width=100)
+        description, _, epilog = documentation.partition("\n\n")
+        super().__init__(description=description, epilog=epilog, formatter_class=formatter,
+                         usage="python %(prog)s [options]")
+
+    def error(self, message: str):
+        raise ValueError(message)
 
 
 BUDGETS = {"max_params": ("parameters", "parameters"), "max_macs": ("macs", "MACs per token"),

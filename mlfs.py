@@ -3,11 +3,21 @@
     python mlfs.py                      # the built-in toy: no download, 2 to 5 minutes
     python mlfs.py --task sst2          # BERT-base on SST-2
     python mlfs.py --task python        # SantaCoder on Python code
+    torchrun --nproc-per-node 2 mlfs.py --task sst2          # two processes, a GPU each
 
-Read from the top: hyper-parameters, the configuration space 𝒜, the losses, then `mlfs`, which is
-Algorithm 1 with the paper's line numbers in the right margin. After it comes what an iteration
-needs and the algorithm does not say, then the run around it, and the command line.
+A run leaves in its folder, each file replaced as a whole:
+    adapters.safetensors  {A_s, B_s}, the head, the permutation: all to keep beside the base model
+    palette.json, .md     every subnet's sizes and scores, after each stage
+    run.json              settings, seed, versions, the base's sha256, seconds per stage
+    log.jsonl             losses, gradient norm and learning rate every 10 steps
+    state.safetensors     what --resume goes on from, to the same bits; every 200 steps
+
+Exit codes: 0 done; 2 bad input, told in one sentence; 130 or 143 stopped by Ctrl-C or SIGTERM and
+saved, the same command with --resume goes on.
 """
+# Read from the top: hyper-parameters, the configuration space 𝒜, the losses, then `mlfs`, which is
+# Algorithm 1 with the paper's line numbers in the right margin. After it comes what an iteration
+# needs and the algorithm does not say, then the run around it, and the command line.
 import argparse
 import dataclasses
 import itertools
@@ -95,7 +105,7 @@ class HyperParameters:
                                   "the backward pass: less memory, a third more time")
 
     def __post_init__(self):
-        def check(name: str, holds: bool, rule: str) -> None:
+        def check(name, holds, rule):
             if not holds:                            # not a number fails every comparison
                 raise ValueError(f"{name} must {rule}, not {getattr(self, name)}")
 
@@ -135,7 +145,7 @@ TASK_SETTINGS = {                                # App. A, where it departs from
 
 # -------------------------------------------------------------------- the configuration space 𝒜
 
-def depth_order(layers: tuple[int, ...]) -> tuple[int, ...]:
+def depth_order(layers):
     """Layers (consecutive ones) in the order in which growing subnets take them.
 
     The last, the first, then each time the middle of the widest gap: any prefix is spread over the
@@ -149,7 +159,7 @@ def depth_order(layers: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(order)
 
 
-def outside_in(layers: tuple[int, ...]) -> tuple[int, ...]:
+def outside_in(layers):
     """The order for decoders: the last, the first, the last but one, the second, ...
 
     So a shallow subnet lacks a block in the middle. The layers of a pre-LN model add to one
@@ -170,12 +180,11 @@ def configuration_space(maxnet: SubnetConfig, widths: Iterable[float] = (1, 0.75
     embedding dimension. A share of 1 is always in. Raises ValueError for a share that this model
     cannot take, and for two that get one name.
     """
-    def part(share: float, whole: int, what: str, exact: bool = False) -> int:
+    def part(share, whole, what, exact=False):
         number = math.ceil(share * whole - 0.5) if 0 < share <= 1 else 0
         if number < 1 or (exact and abs(number - share * whole) > 0.01):
-            raise ValueError(f"a share of {share:g} is not possible: this model has {whole} "
-                             f"{what}, and {share:g} x {whole} = {share * whole:g} is not a whole "
-                             f"number of them from 1 to {whole}")
+            raise ValueError(f"a share of {share:g} is not possible: {share:g} x {whole} {what} = "
+                             f"{share * whole:g} is not a whole number from 1 to {whole}")
         return number
 
     space = []
@@ -263,8 +272,7 @@ def fd_loss(h_j: dict[int, Tensor], h_1: dict[int, Tensor], U: dict[int, Tensor]
     return loss
 
 
-def feature_projections(layers: Iterable[int], d_low: int, hidden_size: int,
-                        seed: int) -> dict[int, Tensor]:
+def feature_projections(layers, d_low, hidden_size, seed):
     """U_1^l (d_low, d_1), for each layer of g_min (Sec. 5): at most hidden_size rows.
 
     Drawn, orthonormal and fixed (ours): the paper learns U, whose free optimum is U = 0.
@@ -285,14 +293,13 @@ class Batch(NamedTuple):
     labels: int
     tokens: int                                      # real ones, without padding
 
-    def token_mean(self, loss: Tensor) -> Tensor:
-        """The mean over ℬ's real tokens of this process's share of them, loss (B, T)."""
+    def token_mean(self, loss):
+        """The mean of loss (B, T) over ℬ's real tokens: this process's share of it."""
         mask = self.x["mask"]
         return (loss if mask is None else loss * mask).sum() / self.tokens
 
 
-def output_loss(model: SuperTransformer, last_j: Tensor, last_1: Tensor, batch: Batch,
-                alpha: float, hp: HyperParameters, logits: int = 2 ** 22) -> Tensor:
+def output_loss(model, last_j, last_1, batch, alpha, hp, logits=2 ** 22):
     """1/|ℬ| Σ_i (1-α) ℓ_task^i + α ℓ_KD^i, from last states (B, H) or (B, T, H) of Φ_j and Φ_1.
 
     So many logits are alive at a time: see `InChunks`.
@@ -304,11 +311,12 @@ def output_loss(model: SuperTransformer, last_j: Tensor, last_1: Tensor, batch: 
         last_1 = last_1[real]
         y = y[real]
 
-    def loss(last: Tensor, rows: slice) -> Tensor:
+    def loss(last, rows):
         z_j = model.logits(last)
         value = (1 - alpha) * task_loss(z_j, y[rows])
         if alpha:
-            z_1 = model.logits(last_1[rows]).detach()
+            with torch.no_grad():
+                z_1 = model.logits(last_1[rows])
             value = value + alpha * kd_loss(z_j, z_1, hp.temperature, hp.kl)
         return value.sum() / batch.labels
 
@@ -399,9 +407,7 @@ def mlfs(model: SuperTransformer, examples: data.Examples, space: list[SubnetCon
 
 # ------------------------------------------------- what an iteration needs and the paper leaves out
 
-def begin_stage(model: SuperTransformer, examples: data.Examples, space: list[SubnetConfig],
-                hp: HyperParameters, state: State,
-                stage: int) -> tuple[torch.optim.Optimizer, SuperTransformer | None]:
+def begin_stage(model, examples, space, hp, state, stage):
     """Line 2, and what has no number: the permutation before stage 1, U, AdamW, a fixed teacher."""
     if not state.U:
         maxnet = space[0]
@@ -419,8 +425,7 @@ def begin_stage(model: SuperTransformer, examples: data.Examples, space: list[Su
     return make_optimizer(model, state.U, state.moments), teacher
 
 
-def make_optimizer(model: SuperTransformer, U: dict[int, Tensor],
-                   moments: dict) -> torch.optim.Optimizer:
+def make_optimizer(model, U, moments):
     """AdamW over all that the stage trains, without weight decay (ours); moments: its state."""
     trained = [p for p in (*model.parameters(), *U.values()) if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, weight_decay=0.0, fused=True)
@@ -429,8 +434,7 @@ def make_optimizer(model: SuperTransformer, U: dict[int, Tensor],
     return optimizer
 
 
-def mini_batches(examples: data.Examples, hp: HyperParameters, stage: int, done: int,
-                 device: torch.device) -> Iterator[tuple[int, Batch]]:
+def mini_batches(examples, hp, stage, done, device):
     """(step, ℬ) of a stage after the first `done`; their order depends on (seed, stage, epoch)."""
     per_epoch = math.ceil(len(examples.ids) / hp.batch_size)
     for epoch in range(done // per_epoch, hp.epochs[stage]):
@@ -440,20 +444,18 @@ def mini_batches(examples: data.Examples, hp: HyperParameters, stage: int, done:
                 yield step, my_rows(whole_batch(x, y))
 
 
-def whole_batch(x: dict, y: Tensor) -> Batch:
+def whole_batch(x, y):
     mask = x["mask"]
     tokens = x["ids"].numel() if mask is None else int(mask.sum())
     return Batch(x, y, int((y != data.IGNORED).sum()), tokens)
 
 
 @torch.no_grad()
-def outputs(model: SuperTransformer, batch: Batch, phi: SubnetConfig,
-            features: Iterable[int]) -> tuple[Tensor, dict[int, Tensor]]:
+def outputs(model, batch, phi, features):
     return model.encode(**batch.x, phi=phi, features=features)
 
 
-def importance(model: SuperTransformer, examples: data.Examples,
-               hp: HyperParameters) -> dict[str, Tensor]:
+def importance(model, examples, hp):
     """|∂ℓ_task/∂ξ| of a gate ξ = 1 on each head and FFN neuron, summed over TRAIN batches: at most
     64, of at most 32 examples. As DynaBERT's (Hou et al., 2020), but on TRAIN; keys as `reorder`'s.
     """
@@ -491,7 +493,7 @@ class InChunks(torch.autograd.Function):
     """Σ loss(last[rows], rows) over chunks of `size` rows; trained: what else has a gradient."""
 
     @staticmethod
-    def forward(ctx, loss: Callable, size: int, last: Tensor, *trained: Tensor) -> Tensor:
+    def forward(ctx, loss, size, last, *trained):
         total = 0.0
         d_last = torch.zeros_like(last)
         d_trained = [torch.zeros_like(W) for W in trained]
@@ -509,12 +511,11 @@ class InChunks(torch.autograd.Function):
         return torch.as_tensor(total, device=last.device)        # of no rows: 0
 
     @staticmethod
-    def backward(ctx, g: Tensor) -> tuple:
+    def backward(ctx, g):
         return None, None, *(g * d for d in ctx.saved_tensors)
 
 
-def update(optimizer: torch.optim.Optimizer, losses: dict[str, Tensor], hp: HyperParameters,
-           state: State, step: int, steps: int) -> Updated:
+def update(optimizer, losses, hp, state, step, steps):
     """Line 15: A_s and B_s follow Eq. 6's gradient, with AdamW."""
     trained = optimizer.param_groups[0]["params"]
     # Eq. 6 over all processes (ours); nothing to do where there is one.
@@ -533,22 +534,21 @@ def update(optimizer: torch.optim.Optimizer, losses: dict[str, Tensor], hp: Hype
 
 
 @torch.no_grad()
-def orthonormalise(U: dict[int, Tensor]) -> None:
+def orthonormalise(U):
     """Bring the rows of each learned U back to orthonormal: ℓ_FD's free optimum is U = 0."""
     for u in U.values():
         q, r = torch.linalg.qr(u.T)
         u.copy_((q * r.diagonal().sign()).T)
 
 
-def learning_rate(hp: HyperParameters, step: int, steps: int) -> float:
+def learning_rate(hp, step, steps):
     """Rises linearly over the first `warmup` share of the steps, then falls to 0; step from 1."""
     rising = max(1, round(hp.warmup * steps))
     falling = max(1, steps - rising + 1)
     return hp.learning_rate * min(step / rising, (steps - step + 1) / falling)
 
 
-def finite_losses(stage: int, step: int, losses: dict[str, Tensor],
-                  norm: Tensor) -> dict[str, float]:
+def finite_losses(stage, step, losses, norm):
     """The losses as floats. ValueError names stage, step and subnet of the first not finite."""
     # One transfer from the device for all of them.
     values = dict(zip(losses, torch.stack(list(losses.values())).tolist()))
@@ -562,12 +562,12 @@ def finite_losses(stage: int, step: int, losses: dict[str, Tensor],
 
 # ------------------------------------------------------------------------------ several processes
 
-def processes() -> tuple[int, int]:
+def processes():
     """(This one's rank, how many): (0, 1) unless started by torchrun."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def my_rows(batch: Batch) -> Batch:
+def my_rows(batch):
     """This process's rows of ℬ, all of them where there is one process; its counts stay."""
     rank, world = processes()
     rows = slice(rank, None, world)
@@ -575,7 +575,7 @@ def my_rows(batch: Batch) -> Batch:
     return batch._replace(x=x, y=batch.y[rows])
 
 
-def add_up(tensors: list[Tensor]) -> None:
+def add_up(tensors):
     """Σ over all processes, in place, in one message: a few MB, for adapters and head are all."""
     if processes()[1] > 1:
         flat = torch.cat([t.flatten() for t in tensors])
@@ -584,7 +584,7 @@ def add_up(tensors: list[Tensor]) -> None:
             t.copy_(total.view_as(t))
 
 
-def join_processes(args: argparse.Namespace) -> None:
+def join_processes(args):
     """Under torchrun: one GPU each, or gloo between CPUs; rank 0 alone speaks."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
         return
@@ -598,12 +598,12 @@ def join_processes(args: argparse.Namespace) -> None:
 
 
 @contextmanager
-def stoppable() -> Iterator[list[int]]:
+def stoppable():
     """Yields a list, to which SIGINT or SIGTERM adds its number; a second one stops at once (under
     torchrun it is ignored: a Ctrl-C comes twice there, and in the end SIGKILL)."""
     stopped: list[int] = []
 
-    def stop(number: int, frame) -> None:
+    def stop(number, frame):
         stopped.append(number)
         if processes()[1] == 1:
             signal.signal(number, signal.default_int_handler)
@@ -616,7 +616,7 @@ def stoppable() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def told_to_stop(stopped: list[int], device: str) -> int:
+def told_to_stop(stopped, device):
     """The signal that came to any process (0: none): all leave after one and the same iteration."""
     number = stopped[0] if stopped else 0
     if processes()[1] > 1:
@@ -649,7 +649,7 @@ class Run:
     bar: tqdm | None = None
     started: float = 0.0                             # when the last checkpoint was written
 
-    def measure(self, moment: str) -> None:
+    def measure(self, moment):
         """Score every subnet on dev; the palette files keep the score at every moment."""
         history = [row["history"] for row in self.palette] or [{} for _ in self.space]
         rows = evaluate.palette(self.model, self.space, self.task, self.splits)
@@ -659,26 +659,26 @@ class Run:
                     "dtype": self.settings["dtype"]}
         evaluate.write_palette(self.folder, self.settings, self.task, self.palette, measured)
 
-    def log(self, event: StageBegins | Updated, **values) -> None:
+    def log(self, event, **values):
         """A line of log.jsonl."""
         note = {"note": self.settings["note"]} if self.settings["note"] else {}
         line = {"stage": event.stage, "step": event.step} | values | note
         with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
-    def validate(self) -> dict[str, float]:
+    def validate(self):
         """Every subnet's score on dev."""
         return {phi.name: evaluate.evaluate(self.model, phi, self.task, self.splits)["score"]
                 for phi in self.space}
 
-    def held_out_score(self) -> float:
+    def held_out_score(self):
         """The maxnet's score on the held-out slice of TRAIN; 0 where TRAIN is too small for one."""
         if not self.held_out.ids:
             return 0.0
         held_out = {"dev": self.held_out}
         return evaluate.evaluate(self.model, self.space[0], self.task, held_out)["score"]
 
-    def begin(self, event: StageBegins) -> None:
+    def begin(self, event):
         if event.step == 0:
             if event.stage == 1 and self.hp.reorder:
                 self.measure("reordered")
@@ -691,14 +691,14 @@ class Run:
                         desc=f"stage {event.stage}", dynamic_ncols=True)
         self.started = time.monotonic()
 
-    def show(self, event: Updated) -> None:
+    def show(self, event):
         self.bar.update()
         losses = " ".join(f"{name} {loss:.3f}" for name, loss in event.losses.items())
         self.bar.set_postfix_str(losses, refresh=False)
         if event.step % 10 == 0 or event.step == event.steps:
             self.log(event, loss=event.losses, gradient_norm=event.norm, learning_rate=event.rate)
 
-    def watch_the_maxnet(self, event: StageBegins | Updated) -> None:
+    def watch_the_maxnet(self, event):
         """It is its students' teacher, and no one's student: they follow when it gets worse."""
         metric = self.task.metrics[0]
         before = self.settings["start_scores"][event.stage]
@@ -711,7 +711,7 @@ class Run:
                 f"{evaluate.show(metric, score)}; a lower --learning-rate or --clip helps, or "
                 f"--teacher fixed", file=sys.stderr)
 
-    def checkpoint(self, event: StageBegins | Updated, state: State) -> None:
+    def checkpoint(self, event, state):
         self.settings["seconds"][event.stage] += time.monotonic() - self.started
         if event.stage > 0 and is_new(event):
             self.watch_the_maxnet(event)
@@ -727,12 +727,12 @@ class Run:
         self.started = time.monotonic()
 
 
-def is_new(event: StageBegins | Updated) -> bool:
+def is_new(event):
     """Not what the run that is gone on with has logged already."""
     return isinstance(event, Updated) or event.step == 0
 
 
-def train(run: Run, state: State) -> int:
+def train(run, state):
     """Runs `mlfs` to its end: 0. Or to a signal (SIGINT, SIGTERM), whose number it returns."""
     every = run.hp.validate_every
     with stoppable() as stopped:
@@ -755,7 +755,7 @@ def train(run: Run, state: State) -> int:
 
 # ------------------------------------------------------------------------------ the command line
 
-def nested(depth: int, kept: int) -> tuple[int, ...]:
+def nested(depth, kept):
     return tuple(sorted(outside_in(tuple(range(depth)))[:kept]))
 
 
@@ -772,8 +772,7 @@ SUBNETS = {
 }
 
 
-def choose_space(hp: HyperParameters, given: dict, model: SuperTransformer,
-                 folder: Path) -> list[SubnetConfig]:
+def choose_space(hp, given, model, folder):
     """𝒜: the grid of the shares, or the subnets of a table, if this is the table's model."""
     if hp.subnets == "grid":
         order = outside_in if isinstance(model, Decoder) else depth_order
@@ -789,7 +788,7 @@ def choose_space(hp: HyperParameters, given: dict, model: SuperTransformer,
     return space
 
 
-def pick_dtype(hp: HyperParameters, device: str) -> torch.dtype:
+def pick_dtype(hp, device):
     """auto: bfloat16 where the hardware multiplies it natively; weights that are trained: float32.
 
     A learning rate of 1e-3 times a weight is less than bfloat16's last digit: it would be lost.
@@ -801,7 +800,7 @@ def pick_dtype(hp: HyperParameters, device: str) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
-def find_inputs(args: argparse.Namespace) -> tuple[str, Path, Path, str]:
+def find_inputs(args):
     """`data.find_inputs`: rank 0 downloads, the other processes find it there."""
     rank, world = processes()
     if rank:
@@ -812,7 +811,7 @@ def find_inputs(args: argparse.Namespace) -> tuple[str, Path, Path, str]:
     return found
 
 
-def load_model(task: str, folder: Path, hp: HyperParameters, device: str) -> SuperTransformer:
+def load_model(task, folder, hp, device):
     """The base model, ready for stage 0; ValueError if it cannot serve the task."""
     torch.manual_seed(hp.seed)
     classes = max(1, len(data.TASKS[task].labels))
@@ -826,8 +825,7 @@ def load_model(task: str, folder: Path, hp: HyperParameters, device: str) -> Sup
     return model
 
 
-def fit_settings(hp: HyperParameters, given: dict, model: SuperTransformer,
-                 folder: Path) -> HyperParameters:
+def fit_settings(hp, given, model, folder):
     """The hyper-parameters for this model; ValueError for one that it cannot have."""
     if given.get("max_length", 0) > model.max_tokens:
         raise ValueError(f"max_length {hp.max_length} exceeds the {model.max_tokens} positions of "
@@ -842,7 +840,7 @@ def fit_settings(hp: HyperParameters, given: dict, model: SuperTransformer,
     return dataclasses.replace(hp, max_length=min(hp.max_length, model.max_tokens))
 
 
-def prepare(args: argparse.Namespace, given: dict) -> tuple[Run, State]:
+def prepare(args, given):
     """Reads and checks all input, then takes the run folder: bad input leaves no trace."""
     HyperParameters(**given)                     # bad values are told before anything is downloaded
     evaluate.check_device(args.device)
@@ -878,12 +876,12 @@ def prepare(args: argparse.Namespace, given: dict) -> tuple[Run, State]:
     return run, take_folder(run, args)
 
 
-def default_name(task: str, model_folder: Path) -> str:
+def default_name(task, model_folder):
     own = task == "toy" and model_folder == data.DOWNLOADS / "toy"
     return "toy" if own else f"{task}-{model_folder.resolve().name}"
 
 
-def take_folder(run: Run, args: argparse.Namespace) -> State:
+def take_folder(run, args):
     """Claims the run folder; with --resume fills the model, and returns where the run stopped."""
     first = processes()[0] == 0                      # it alone writes
     if first:
@@ -920,7 +918,7 @@ def main(argv: Iterable[str] | None = None) -> int:
     return 0
 
 
-def opening(run: Run) -> str:
+def opening(run):
     """What is about to be done, on what."""
     s = run.settings
     hp = run.hp
@@ -932,7 +930,7 @@ def opening(run: Run) -> str:
             f"{s['dtype']}, seed {hp.seed}; writes {run.folder}/")
 
 
-def closing(run: Run) -> str:
+def closing(run):
     """The palette, what it cost, and which subnets are worth shipping."""
     s = run.settings
     metric = run.task.metrics[0]
@@ -949,36 +947,17 @@ def closing(run: Run) -> str:
 
 
 MODEL_OPTIONS = ("max_length", "widths", "depths", "hidden")
-GROUPS = {
-    "the paper's hyper-parameters (a task's own values: TASK_SETTINGS)":
-        ("rank", "alpha", "beta", "gamma", "temperature", "d_low", "num_subnets", "epochs",
-         "batch_size", "learning_rate", "max_length", "seed"),
-    "the configuration space 𝒜": ("widths", "depths", "hidden", "subnets", "reorder"),
-    "other readings of the paper, and its baselines":
-        ("teacher", "kl", "fd_sum", "learn_u", "adapters", "init", "warmup", "clip"),
-    "examples, number format, memory":
-        ("train_examples", "dev_examples", "validate_every", "dtype", "checkpointing"),
+GROUPS = {                                           # by the setting that begins each
+    "rank": "the paper's hyper-parameters (a task's own values: TASK_SETTINGS)",
+    "widths": "the configuration space 𝒜",
+    "teacher": "other readings of the paper, and its baselines",
+    "train_examples": "examples, number format, memory",
 }
-EPILOG = """\
-A run leaves in its folder, each file replaced as a whole:
-  adapters.safetensors  {A_s, B_s}, the head, the permutation: with the base model, all to keep
-  palette.json, .md     every subnet's sizes and scores, after each stage
-  run.json              settings, seed, versions, the base's sha256, rows, seconds per stage
-  log.jsonl             losses, gradient norm and learning rate every 10 steps
-  state.safetensors     what --resume goes on from, with the same bits; every 200 steps
-
-Several processes, one GPU each: torchrun --nproc-per-node N mlfs.py ...
-Exit codes: 0 done; 2 bad input, told in one sentence; 130 or 143 stopped by Ctrl-C or SIGTERM,
-saved: the same command with --resume goes on.
-"""
 
 
-def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, dict]:
+def parse_arguments(argv):
     """The run's options, and those hyper-parameters that were given."""
-    parser = argparse.ArgumentParser(
-        description="Fine-tune one transformer once, in three low-rank stages, and get a palette "
-                    "of smaller ones by slicing it (MLFS).",
-        epilog=EPILOG, formatter_class=evaluate.help_format)
+    parser = evaluate.Parser(__doc__)
     parser.add_argument("--task", default="toy", help=f"{', '.join(data.TASKS)}; default toy")
     parser.add_argument("--model", type=Path, help="checkpoint folder; default BERT-base")
     parser.add_argument("--data-dir", type=Path, help="holds SST-2/ etc.; default weights/glue")
@@ -987,17 +966,17 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, dict]:
     parser.add_argument("--overwrite", action="store_true", help="replace the run in its folder")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=device, help=f"cpu, cuda, ...; default {device}")
-    fields = {field.name: field for field in dataclasses.fields(HyperParameters)}
-    for title, names in GROUPS.items():
-        group = parser.add_argument_group(title)
-        for name in names:
-            add_setting(group, fields[name])
+    fields = dataclasses.fields(HyperParameters)
+    for field in fields:
+        if field.name in GROUPS:
+            group = parser.add_argument_group(GROUPS[field.name])
+        add_setting(group, field)
     args = vars(parser.parse_args(argv))
-    given = {name: args.pop(name) for name in fields if name in args}
+    given = {field.name: args.pop(field.name) for field in fields if field.name in args}
     return argparse.Namespace(**args, command=["mlfs.py", *argv]), given
 
 
-def add_setting(group: argparse._ArgumentGroup, field: dataclasses.Field) -> None:
+def add_setting(group, field):
     """A hyper-parameter as an option: --num-subnets 4, --widths 1,2/3, --reorder, --no-reorder."""
     default = field.default
     if isinstance(default, bool):
@@ -1007,12 +986,13 @@ def add_setting(group: argparse._ArgumentGroup, field: dataclasses.Field) -> Non
         options = {"type": lambda text: numbers(text, kind), "metavar": "A,B,C"}
         default = ",".join(f"{value:g}" for value in default)
     else:
-        options = {"type": type(default), "choices": field.metadata["choices"] or None}
+        choices = field.metadata["choices"] or None
+        options = {"type": type(default), "choices": choices, "metavar": None if choices else "N"}
     group.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS,
                        help=f"{field.metadata['help']}; default {default}", **options)
 
 
-def numbers(text: str, kind: type) -> tuple:
+def numbers(text, kind):
     """"1,2/3" as numbers; argparse tells the user of a ValueError."""
     try:
         return tuple(kind(Fraction(part) if "/" in part and kind is float else part)

@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Collection, Iterator
+from typing import Collection
 
 import torch
 import torch.nn.functional as F
@@ -49,22 +49,21 @@ class SubnetConfig:
 
 # --------------------------------------------------------------------------- the elastic parts
 
-def parameter(*shape: int, trainable: bool = False) -> nn.Parameter:
+def parameter(*shape, trainable=False):
     return nn.Parameter(torch.empty(shape), requires_grad=trainable)
 
 
 class ElasticLinear(nn.Module):
     """y = x W_Φᵀ + b_Φ + Σ_s (x A_s) B_s, all of it sliced by Φ    (Eqs. 2, 8 and 9)"""
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = True,
-                 trainable: bool = False):
+    def __init__(self, in_features, out_features, bias=True, trainable=False):
         super().__init__()
         self.weight = parameter(out_features, in_features, trainable=trainable)
         self.bias = parameter(out_features, trainable=trainable) if bias else None
         self.A = nn.ParameterList()                  # A_0, A_1, A_2: one a stage
         self.B = nn.ParameterList()
 
-    def add_stage(self, rank: int, generator: torch.Generator) -> None:
+    def add_stage(self, rank, generator):
         """Alg. 1 line 2: new A_s and B_s, with A_s B_s = 0."""
         # Lines 13 and 15 train A_s and B_s of this stage alone.
         for earlier in (*self.A, *self.B):
@@ -78,7 +77,7 @@ class ElasticLinear(nn.Module):
         self.A.append(nn.Parameter(A.to(self.weight.device)))
         self.B.append(nn.Parameter(B.to(self.weight.device)))
 
-    def forward(self, x: Tensor, out_features: int) -> Tensor:       # (..., i) -> (..., o)
+    def forward(self, x, out_features):                              # (..., i) -> (..., o)
         i = x.size(-1)                               # what came before was sliced to this width
         o = out_features
         W = self.weight[:o, :i]                      # Π_Φ(W): the leading block, a view    (Eq. 2)
@@ -90,7 +89,7 @@ class ElasticLinear(nn.Module):
         return low_rank_linear(x, W, b, A, B)        # x Wᵀ + b + Σ_s (x A_s) B_s
 
     @torch.no_grad()
-    def merged(self) -> Tensor:
+    def merged(self):
         """W_Sup = W_pretrained + Σ_s A_s B_s (Alg. 1, output), as (out, in) in the dtype of W."""
         if not self.A:
             return self.weight
@@ -98,7 +97,7 @@ class ElasticLinear(nn.Module):
         return (self.weight.float() + delta.T).to(self.weight.dtype)
 
     @torch.no_grad()
-    def permute(self, inputs: Tensor | None = None, outputs: Tensor | None = None) -> None:
+    def permute(self, inputs=None, outputs=None):
         """Re-order input columns or output rows of W, and of every A_s, B_s with it."""
         if outputs is not None:
             self.weight.data = self.weight[outputs]
@@ -115,13 +114,13 @@ class ElasticLinear(nn.Module):
 class ElasticLayerNorm(nn.Module):
     """Layer normalisation over the width that arrives, with the leading gains and shifts."""
 
-    def __init__(self, size: int, eps: float):
+    def __init__(self, size, eps):
         super().__init__()
         self.weight = parameter(size)
         self.bias = parameter(size)
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         i = x.size(-1)
         return F.layer_norm(x, (i,), self.weight[:i], self.bias[:i], self.eps)
 
@@ -129,15 +128,15 @@ class ElasticLayerNorm(nn.Module):
 class ElasticEmbedding(nn.Module):
     """The leading columns of an embedding table."""
 
-    def __init__(self, rows: int, size: int):
+    def __init__(self, rows, size):
         super().__init__()
         self.weight = parameter(rows, size)
 
-    def forward(self, ids: Tensor, size: int) -> Tensor:             # (B, T) -> (B, T, H)
+    def forward(self, ids, size):                                    # (B, T) -> (B, T, H)
         return F.embedding(ids, self.weight[:, :size])
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+def attention(q, k, v, bias):
     """softmax(q kᵀ/√D + bias) v; q (B, N, T, D), k and v (B, G, S, D): N/G heads share a key head.
 
     bias broadcasts to (B, G, T, S), or is None. Returns (B, N, T, D).
@@ -161,11 +160,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     return context.reshape(-1, N, T, D)
 
 
-def split_heads(x: Tensor, D: int) -> Tensor:                        # (B, T, n·D) -> (B, n, T, D)
+def split_heads(x, D):                                               # (B, T, n·D) -> (B, n, T, D)
     return x.unflatten(-1, (-1, D)).transpose(1, 2)
 
 
-def mask_bias(hidden: Tensor, dtype: torch.dtype) -> Tensor:
+def mask_bias(hidden, dtype):
     """An attention bias: the lowest number where `hidden`, 0 elsewhere."""
     zeros = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
     return zeros.masked_fill(hidden, torch.finfo(dtype).min)
@@ -196,7 +195,7 @@ class SuperTransformer(nn.Module):
     required: dict = {}                              # fields with the one value that we implement
     sizes = ("intermediate_size", "head_dim")        # what `complete` fills in or the family needs
 
-    def __init__(self, config: dict):
+    def __init__(self, config):
         super().__init__()
         self.config = config
         self.num_stages = 0
@@ -215,7 +214,7 @@ class SuperTransformer(nn.Module):
         last, h = self.encode(ids, mask, phi, **{"features": phi.layers} | more)
         return self.logits(last), h
 
-    def layer(self, l: int, *inputs) -> Tensor:
+    def layer(self, l, *inputs):
         """The output of maxnet layer l."""
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return checkpoint(self.layers[l], *inputs, use_reentrant=False)
@@ -230,11 +229,11 @@ class SuperTransformer(nn.Module):
                             tuple(range(depth)), name=f"w1-d{depth}")
 
     @property
-    def max_tokens(self) -> int:
+    def max_tokens(self):
         """The longest input, in tokens."""
         return self.config["max_position_embeddings"] - self.first_position
 
-    def adapted_linears(self) -> list[ElasticLinear]:
+    def adapted_linears(self):
         return [getattr(layer, name) for layer in self.layers for name in self.adapted]
 
     def add_stage(self, rank: int | None, seed: int = 0) -> None:
@@ -252,7 +251,7 @@ class SuperTransformer(nn.Module):
                 linear.add_stage(rank, generator)
         self.num_stages += 1
 
-    def fix_teacher(self) -> "SuperTransformer":
+    def fix_teacher(self):
         """f(·; W_Tch), the network as stage 0 left it (Sec. 4), with A_0 and B_0 alone."""
         # A copy of the modules, not of the tensors: the memo says that each is its own copy.
         teacher = copy.deepcopy(self, {id(p): p for p in self.parameters()})
@@ -277,7 +276,7 @@ class SuperTransformer(nn.Module):
         # A has in·r entries, B has r·out.
         return sum(rank * sum(linear.weight.shape) for linear in small.adapted_linears())
 
-    def subnet_config(self, phi: SubnetConfig) -> dict:
+    def subnet_config(self, phi):
         """config.json of Φ's stand-alone model; ValueError if Φ is no part of the maxnet."""
         sizes = {"hidden_size": phi.hidden_size, "num_attention_heads": phi.num_attention_heads,
                  "intermediate_size": phi.intermediate_size, "num_hidden_layers": len(phi.layers)}
@@ -286,7 +285,7 @@ class SuperTransformer(nn.Module):
             raise ValueError(f"{phi} is no part of the maxnet, {self.maxnet}")
         return self.config | sizes
 
-    def skeleton(self, phi: SubnetConfig) -> "SuperTransformer":
+    def skeleton(self, phi):
         """Φ's stand-alone model, shapes only: whatever counts Φ's parts counts them here."""
         with torch.device("meta"):
             return type(self)(self.subnet_config(phi))
@@ -305,7 +304,7 @@ class SuperTransformer(nn.Module):
         small.load_state_dict(state, assign=True)
         return small
 
-    def source(self, name: str, phi: SubnetConfig) -> tuple[nn.Module, str]:
+    def source(self, name, phi):
         """Where a parameter of Φ's stand-alone model comes from: our module, "weight" or "bias"."""
         *path, kind = name.split(".")
         if path[0] == "layers":
@@ -313,7 +312,7 @@ class SuperTransformer(nn.Module):
         return self.get_submodule(".".join(path)), kind
 
     @classmethod
-    def complete(cls, config: dict) -> None:
+    def complete(cls, config):
         """Fills in what a family's config.json leaves unsaid; ValueError for what we cannot do."""
 
     def reorder(self, importance: dict[str, Tensor]) -> None:
@@ -329,7 +328,7 @@ class SuperTransformer(nn.Module):
             order[key] = blocks(first, group)
         self.permute(order)
 
-    def permute(self, order: dict[str, Tensor]) -> None:
+    def permute(self, order):
         """New position -> old position, keys as in `reorder`; the maxnet's function stays.
 
         A head is D rows of query, key and value, and the D columns of attention_output that read
@@ -355,7 +354,7 @@ class SuperTransformer(nn.Module):
         self.order = {key: self.order[key][index] if key in self.order else index
                       for key, index in order.items()}
 
-    def trained_state(self) -> dict[str, Tensor]:
+    def trained_state(self):
         """What MLFS learned: {A_s, B_s}, the head, the permutation; a few MB a task (Sec. 3)."""
         state = {}
         for name, p in self.named_parameters():
@@ -365,7 +364,7 @@ class SuperTransformer(nn.Module):
         return state | {f"order.{key}": index for key, index in self.order.items()}
 
 
-def blocks(index: Tensor, size: int) -> Tensor:
+def blocks(index, size):
     """Rows of whole blocks: (2, 0) of size 3 is 6 7 8 0 1 2."""
     return (index[:, None] * size + torch.arange(size, device=index.device)).flatten()
 
@@ -375,7 +374,7 @@ def blocks(index: Tensor, size: int) -> Tensor:
 class BertLayer(nn.Module):
     """Post-LN: normalisation after each residual sum x + f(x)."""
 
-    def __init__(self, c: dict):
+    def __init__(self, c):
         super().__init__()
         H = c["hidden_size"]
         I = c["intermediate_size"]
@@ -391,8 +390,7 @@ class BertLayer(nn.Module):
         self.head_dim = c["head_dim"]
         self.activation = ACTIVATIONS[c["hidden_act"]]
 
-    def forward(self, x: Tensor, bias: Tensor | None, phi: SubnetConfig,
-                tokens: int | None) -> Tensor:
+    def forward(self, x, bias, phi, tokens):
         """(B, S, H) -> (B, T, H): the states of the first T = `tokens`; None: of all."""
         H = phi.hidden_size
         N = phi.num_attention_heads
@@ -437,7 +435,7 @@ class Bert(SuperTransformer):
         "pooler": "pooler.dense",
     }
 
-    def __init__(self, c: dict):
+    def __init__(self, c):
         super().__init__(c)
         H = c["hidden_size"]
         self.word_embeddings = ElasticEmbedding(c["vocab_size"], H)
@@ -449,7 +447,7 @@ class Bert(SuperTransformer):
         self.pooler = ElasticLinear(H, H, trainable=True)
         self.classifier = ElasticLinear(H, c["num_labels"], trainable=True)
 
-    def embed(self, ids: Tensor, segments: Tensor | None, H: int) -> Tensor:     # (B, T, H)
+    def embed(self, ids, segments, H):                               # (B, T, H)
         positions = torch.arange(ids.size(1), device=ids.device) + self.first_position
         segments = torch.zeros_like(ids) if segments is None else segments
         return self.embedding_norm(
@@ -474,17 +472,17 @@ class Bert(SuperTransformer):
                 h[l] = x
         return x[:, 0], h
 
-    def logits(self, last: Tensor) -> Tensor:                        # (B, H) -> (B, C)
+    def logits(self, last):                                          # (B, H) -> (B, C)
         last = last.to(self.pooler.weight.dtype)                     # the head stays in float32
         pooled = torch.tanh(self.pooler(last, last.size(-1)))        # (B, H)
         return self.classifier(pooled, self.config["num_labels"]).float()
 
-    def readout(self) -> list[Tensor]:
+    def readout(self):
         """The weights that `logits` reads; the last has a row a class."""
         return [self.pooler.weight, self.pooler.bias, self.classifier.bias, self.classifier.weight]
 
     @classmethod
-    def read(cls, name: str, tensor: Tensor, config: dict) -> dict[str, Tensor]:
+    def read(cls, name, tensor, config):
         """A stored tensor under its one name: without "bert.", LayerNorm.weight, not gamma."""
         name = name.removeprefix(f"{cls.model_type}.")
         name = name.replace("LayerNorm.gamma", "LayerNorm.weight")
@@ -492,13 +490,13 @@ class Bert(SuperTransformer):
         return {} if cls.ignored.fullmatch(name) else {name: tensor}
 
     @classmethod
-    def write(cls, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    def write(cls, tensors):
         """The inverse of `read`."""
         return {name if name.startswith("classifier.") else f"{cls.model_type}.{name}": t
                 for name, t in tensors.items()}
 
     @classmethod
-    def adopt(cls, stored: dict[str, Tensor], config: dict, num_labels: int | None) -> None:
+    def adopt(cls, stored, config, num_labels):
         """The checkpoint's classifier where it has the classes wanted; otherwise a new one."""
         weight_name = checkpoint_name(cls, "classifier.weight")
         weight = stored.get(weight_name)
@@ -517,17 +515,17 @@ class Bert(SuperTransformer):
 class ElasticRMSNorm(nn.Module):
     """Root-mean-square normalisation over the width that arrives, with the leading gains."""
 
-    def __init__(self, size: int, eps: float):
+    def __init__(self, size, eps):
         super().__init__()
         self.weight = parameter(size)
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         i = x.size(-1)
         return F.rms_norm(x, (i,), self.weight[:i], self.eps)
 
 
-def key_heads(config: dict, heads: int) -> int:
+def key_heads(config, heads):
     """How many key/value heads so many of the model's heads read.
 
     Llama has one for each group of heads, and whole groups are kept or dropped. SantaCoder has one
@@ -540,12 +538,12 @@ def key_heads(config: dict, heads: int) -> int:
 class Cache:
     """Keys and values of the tokens so far, by maxnet layer: generation reads each token once."""
 
-    def __init__(self, size: int):
+    def __init__(self, size):
         self.size = size                             # most tokens it will hold
         self.length = 0
         self.parts: dict[int, list[Tensor]] = {}
 
-    def extend(self, l: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def extend(self, l, k, v):
         """Appends (B, G, T, D), returns all there is (B, G, S, D). `encode` counts the length."""
         S = self.length + k.size(2)
         if l not in self.parts:
@@ -559,7 +557,7 @@ class Cache:
 class DecoderLayer(nn.Module):
     """Pre-LN: normalisation before attention and FFN; groups of heads share a key/value head."""
 
-    def __init__(self, l: int, c: dict, norm: type, bias: bool):
+    def __init__(self, l, c, norm, bias):
         super().__init__()
         H = c["hidden_size"]
         D = c["head_dim"]
@@ -578,8 +576,7 @@ class DecoderLayer(nn.Module):
         self.config = c
         self.activation = ACTIVATIONS[c["hidden_act"]]
 
-    def forward(self, x: Tensor, bias: Tensor | None, phi: SubnetConfig,
-                rotation: tuple[Tensor, Tensor] | None, cache: Cache | None) -> Tensor:
+    def forward(self, x, bias, phi, rotation, cache):
         H = phi.hidden_size
         D = self.config["head_dim"]
         N = phi.num_attention_heads
@@ -602,7 +599,7 @@ class DecoderLayer(nn.Module):
 class Decoder(SuperTransformer):
     """A causal language model: logits of the next token. No head: all but A_s, B_s is frozen."""
 
-    def __init__(self, c: dict, norm: type):
+    def __init__(self, c, norm):
         super().__init__(c)
         tied = c["tie_word_embeddings"]
         self.word_embeddings = ElasticEmbedding(c["vocab_size"], c["hidden_size"])
@@ -610,13 +607,13 @@ class Decoder(SuperTransformer):
         self.lm_head = None if tied else ElasticEmbedding(c["vocab_size"], c["hidden_size"])
 
     @property
-    def head_group(self) -> int:
+    def head_group(self):
         """Heads that share a key/value head stay together, unless all share the only one."""
         N = self.config["num_attention_heads"]
         G = self.config["num_key_value_heads"]
         return N // G if G > 1 else 1
 
-    def subnet_config(self, phi: SubnetConfig) -> dict:
+    def subnet_config(self, phi):
         heads = phi.num_attention_heads
         if heads % self.head_group:
             raise ValueError(f"{phi.name} has {heads} heads; this model's come in groups of "
@@ -658,15 +655,15 @@ class Decoder(SuperTransformer):
             cache.length = S
         return self.final_norm(x), h
 
-    def logits(self, last: Tensor) -> Tensor:                        # (..., H) -> (..., V)
+    def logits(self, last):                                          # (..., H) -> (..., V)
         return F.linear(last, self.readout()[0][:, :last.size(-1)]).float()
 
-    def readout(self) -> list[Tensor]:
+    def readout(self):
         """The weights that `logits` reads: a row a token, the embedding's own where tied."""
         return [(self.lm_head or self.word_embeddings).weight]
 
     @classmethod
-    def complete(cls, config: dict) -> None:
+    def complete(cls, config):
         heads = config["num_attention_heads"]
         config.setdefault("num_key_value_heads", heads)
         check_size(cls, config, "num_key_value_heads")
@@ -675,7 +672,7 @@ class Decoder(SuperTransformer):
                              f"num_key_value_heads {config['num_key_value_heads']}")
 
     @classmethod
-    def adopt(cls, stored: dict[str, Tensor], config: dict, num_labels: int | None) -> None:
+    def adopt(cls, stored, config, num_labels):
         """A tied output matrix may be stored as well, or as the only one of the two."""
         if config["tie_word_embeddings"] and "lm_head.weight" in stored:
             twin = stored.pop("lm_head.weight")
@@ -688,13 +685,13 @@ class Decoder(SuperTransformer):
 class GPTLayer(DecoderLayer):
     """FFN(x) = gelu(x W_1) W_2, biases everywhere, no rotation."""
 
-    def __init__(self, l: int, c: dict):
+    def __init__(self, l, c):
         super().__init__(l, c, ElasticLayerNorm, bias=True)
 
-    def rotate(self, x: Tensor, rotation: None) -> Tensor:
+    def rotate(self, x, rotation):
         return x
 
-    def inner(self, x: Tensor, intermediate_size: int) -> Tensor:
+    def inner(self, x, intermediate_size):
         return self.activation(self.intermediate(x, intermediate_size))
 
 
@@ -720,23 +717,23 @@ class GPT(Decoder):
     }
     fused = {"c_attn": ("query", "key", "value"), "q_attn": ("query",), "kv_attn": ("key", "value")}
 
-    def __init__(self, c: dict):
+    def __init__(self, c):
         super().__init__(c, ElasticLayerNorm)
         self.position_embeddings = ElasticEmbedding(c["max_position_embeddings"], c["hidden_size"])
         self.layers = nn.ModuleList(GPTLayer(l, c) for l in range(c["num_hidden_layers"]))
 
-    def embed(self, ids: Tensor, positions: Tensor, H: int) -> tuple[Tensor, None]:
+    def embed(self, ids, positions, H):
         return self.word_embeddings(ids, H) + self.position_embeddings(positions, H), None
 
     @classmethod
-    def complete(cls, config: dict) -> None:
+    def complete(cls, config):
         config.setdefault("intermediate_size", 4 * config["hidden_size"])
         if config["model_type"] == "gpt2":           # one key a head, unless it says otherwise
             config.setdefault("attention_head_type", "multihead")
         super().complete(config)
 
     @classmethod
-    def read(cls, name: str, tensor: Tensor, config: dict) -> dict[str, Tensor]:
+    def read(cls, name, tensor, config):
         """A stored tensor as ours: Conv1D transposed, fused query, key and value taken apart."""
         name = name.removeprefix("transformer.")
         if re.fullmatch(r"h\.\d+\.attn\.(masked_)?bias", name):      # buffers: the causal mask
@@ -758,7 +755,7 @@ class GPT(Decoder):
         return {name: tensor}
 
     @staticmethod
-    def write(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    def write(tensors):
         """The inverse of `read`, in the gpt_bigcode layout."""
         stored: dict[str, Tensor] = {}
         for name, t in tensors.items():
@@ -770,17 +767,17 @@ class GPT(Decoder):
 class LlamaLayer(DecoderLayer):
     """SwiGLU: FFN(x) = (silu(x W_gate) ⊙ x W_up) W_down; no biases; rotary positions."""
 
-    def __init__(self, l: int, c: dict):
+    def __init__(self, l, c):
         super().__init__(l, c, ElasticRMSNorm, bias=False)
         self.gate = ElasticLinear(c["hidden_size"], c["intermediate_size"], bias=False)
 
-    def rotate(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:      # (B, n, T, D)
+    def rotate(self, x, rotation):                                   # (B, n, T, D)
         """Turns the plane of dimensions i and i + D/2 by the angle position · base^(-2i/D)."""
         cos, sin = rotation                          # the first half of sin is negative
         left, right = x.chunk(2, dim=-1)
         return torch.addcmul(x * cos, torch.cat((right, left), dim=-1), sin)
 
-    def inner(self, x: Tensor, intermediate_size: int) -> Tensor:
+    def inner(self, x, intermediate_size):
         gate = self.gate(x, intermediate_size)
         up = self.intermediate(x, intermediate_size)
         return self.activation(gate) * up
@@ -805,12 +802,11 @@ class Llama(Decoder):
         "intermediate": "mlp.up_proj", "output": "mlp.down_proj",
     }
 
-    def __init__(self, c: dict):
+    def __init__(self, c):
         super().__init__(c, ElasticRMSNorm)
         self.layers = nn.ModuleList(LlamaLayer(l, c) for l in range(c["num_hidden_layers"]))
 
-    def embed(self, ids: Tensor, positions: Tensor,
-              H: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    def embed(self, ids, positions, H):
         """The embeddings, and cos and sin (B, 1, T, D) of the rotary angles, taken in float32."""
         x = self.word_embeddings(ids, H)
         D = self.config["head_dim"]
@@ -821,7 +817,7 @@ class Llama(Decoder):
         return x, (torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1))
 
     @classmethod
-    def complete(cls, config: dict) -> None:
+    def complete(cls, config):
         super().complete(config)
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
         rope = rope if isinstance(rope, dict) else {"type": rope}
@@ -835,11 +831,11 @@ class Llama(Decoder):
         config["rope_theta"] = float(theta)
 
     @classmethod
-    def read(cls, name: str, tensor: Tensor, config: dict) -> dict[str, Tensor]:
+    def read(cls, name, tensor, config):
         return {} if name.endswith("rotary_emb.inv_freq") else {name: tensor}    # old buffers
 
     @staticmethod
-    def write(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    def write(tensors):
         return tensors
 
 
@@ -851,13 +847,13 @@ NEEDED = ("vocab_size", "hidden_size", "num_attention_heads", "num_hidden_layers
           "max_position_embeddings")
 
 
-def short(value) -> str:
+def short(value):
     """For an error message: as Python writes it, at most 80 characters."""
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def read_json(path: Path) -> dict:
+def read_json(path):
     """A JSON object; FileNotFoundError or ValueError with the path and what is wrong."""
     try:
         value = json.loads(path.read_text(encoding="utf-8-sig"))
@@ -870,7 +866,7 @@ def read_json(path: Path) -> dict:
     return value
 
 
-def read_config(folder: Path) -> dict:
+def read_config(folder):
     """config.json in our words, complete; ValueError names a field that this code cannot serve."""
     path = folder / "config.json"
     given = {key: value for key, value in read_json(path).items() if value is not None}
@@ -900,7 +896,7 @@ def read_config(folder: Path) -> dict:
     return config
 
 
-def check_size(family: type[SuperTransformer], config: dict, key: str) -> None:
+def check_size(family, config, key):
     most = 2 ** (24 if key == "max_position_embeddings" else 20)
     size = config.get(key)
     if type(size) is not int or not 1 <= size <= most:
@@ -908,7 +904,7 @@ def check_size(family: type[SuperTransformer], config: dict, key: str) -> None:
                          f"most {most}, not {short(size)}")
 
 
-def check_choices(family: type[SuperTransformer], config: dict) -> None:
+def check_choices(family, config):
     """The fields that are no sizes: what we have one or a few values for."""
     eps = config["layer_norm_eps"]
     if type(eps) is not float or not 0 < eps < 1:
@@ -922,7 +918,7 @@ def check_choices(family: type[SuperTransformer], config: dict) -> None:
                              f"supported; choose from {', '.join(map(str, known))}")
 
 
-def checkpoint_files(folder: str | Path) -> list[Path]:
+def checkpoint_files(folder):
     """model.safetensors, or the shards that model.safetensors.index.json names."""
     whole = Path(folder) / "model.safetensors"
     index = Path(folder) / "model.safetensors.index.json"
@@ -943,7 +939,7 @@ def checkpoint_files(folder: str | Path) -> list[Path]:
     raise FileNotFoundError(f"there is no {whole}; weights/README.md tells how to get one")
 
 
-def read_checkpoint(folder: Path) -> Iterator[tuple[str, Tensor]]:
+def read_checkpoint(folder):
     """All tensors of a checkpoint, memory-mapped: none is read before it is used."""
     for path in checkpoint_files(folder):
         try:
@@ -991,8 +987,7 @@ def load_pretrained(folder: str | Path, num_labels: int | None = None,
     return model
 
 
-def tensors_by_name(folder: Path, family: type[SuperTransformer],
-                    config: dict) -> dict[str, Tensor]:
+def tensors_by_name(folder, family, config):
     """All stored tensors under the names of `tensor_names`."""
     stored: dict[str, Tensor] = {}
     for name, tensor in read_checkpoint(folder):
@@ -1003,7 +998,7 @@ def tensors_by_name(folder: Path, family: type[SuperTransformer],
     return stored
 
 
-def fitted(key: str, tensor: Tensor, p: Tensor, dtype: torch.dtype | None) -> Tensor:
+def fitted(key, tensor, p, dtype):
     """A stored tensor as parameter p wants it."""
     if tensor.shape != p.shape:
         raise ValueError(f"tensor {key!r} is {tuple(tensor.shape)}; config.json asks for "
@@ -1019,12 +1014,12 @@ def fitted(key: str, tensor: Tensor, p: Tensor, dtype: torch.dtype | None) -> Te
     return tensor
 
 
-def checkpoint_name(family: type[SuperTransformer], name: str) -> str:
+def checkpoint_name(family, name):
     """layers.3.query.bias -> encoder.layer.3.attention.self.query.bias"""
     return ".".join(family.tensor_names.get(part, part) for part in name.split("."))
 
 
-def load_trained_state(model: SuperTransformer, state: dict[str, Tensor]) -> None:
+def load_trained_state(model, state):
     """The inverse of `trained_state`, on a freshly loaded base model.
 
     ValueError names the first tensor that does not fit.
@@ -1049,7 +1044,7 @@ def load_trained_state(model: SuperTransformer, state: dict[str, Tensor]) -> Non
                              f"value")
 
 
-def check_order(model: SuperTransformer, order: dict[str, Tensor]) -> None:
+def check_order(model, order):
     """ValueError unless there is a permutation of every layer's heads and neurons."""
     sizes = {"heads": model.maxnet.num_attention_heads, "neurons": model.maxnet.intermediate_size}
     for l in model.maxnet.layers:
@@ -1061,8 +1056,7 @@ def check_order(model: SuperTransformer, order: dict[str, Tensor]) -> None:
 
 
 @torch.no_grad()
-def initialise(model: SuperTransformer, seed: int = 0,
-               names: tuple[str, ...] = ("",)) -> SuperTransformer:
+def initialise(model, seed=0, names=("",)):
     """The usual random start of parameters whose name starts so: N(0, 0.02²), biases 0, gains 1."""
     generator = torch.Generator().manual_seed(seed)
     for name, p in model.named_parameters():
@@ -1078,7 +1072,7 @@ def initialise(model: SuperTransformer, seed: int = 0,
 # -------------------------------------------------------------------------------------- saving
 
 @contextmanager
-def replacing(path: str | Path):
+def replacing(path):
     """Yields a path beside `path` to write to; it replaces `path` only once the block ends well."""
     path = Path(path)
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -1121,7 +1115,7 @@ def save_pretrained(model: SuperTransformer, folder: str | Path,
         path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def stored_config(model: SuperTransformer, labels: tuple[str, ...]) -> dict:
+def stored_config(model, labels):
     """config.json in the checkpoint world's words."""
     config = model.config | {"model_type": model.model_type, "architectures": [model.architecture]}
     for key in ("torch_dtype", "dtype", "auto_map"):                 # of the original
@@ -1133,7 +1127,7 @@ def stored_config(model: SuperTransformer, labels: tuple[str, ...]) -> dict:
     return {model.config_names.get(key, key): value for key, value in config.items()}
 
 
-def common_heads(model: SuperTransformer) -> int | None:
+def common_heads(model):
     """The fewest heads, from ours on, with which other libraries can express this shape.
 
     Without a head_dim in their config.json they take the head size to be hidden_size / heads. With
@@ -1148,7 +1142,7 @@ def common_heads(model: SuperTransformer) -> int | None:
 
 
 @torch.no_grad()
-def pad_heads(model: SuperTransformer, heads: int) -> SuperTransformer:
+def pad_heads(model, heads):
     """The same function with so many heads: the new ones are zeros, which no output reads."""
     assert not model.num_stages, "merge the adapters first: pad_heads(model.extract(phi), heads)"
     config = model.config | {"num_attention_heads": heads}
@@ -1170,8 +1164,7 @@ def pad_heads(model: SuperTransformer, heads: int) -> SuperTransformer:
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "192")
 
 
-def low_rank_linear(x: Tensor, W: Tensor, b: Tensor | None, A: list[Tensor],
-                    B: list[Tensor]) -> Tensor:
+def low_rank_linear(x, W, b, A, B):
     """x Wᵀ + b + Σ_s (x A_s) B_s. These lines say the same; stage 2 takes 1.12 times as long by
     them, stage 0 as long (MiniLM, float32, one thread, AMD EPYC):
 
@@ -1195,8 +1188,7 @@ class LowRankLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, W: Tensor, b: Tensor | None, A: Tensor | None,
-                B: Tensor | None) -> Tensor:
+    def forward(ctx, x, W, b, A, B):
         rows = x.reshape(-1, x.size(-1))                                         # (M, i)
         y = F.linear(rows, W, b)                                                 # (M, o)
         xA = None
@@ -1208,7 +1200,7 @@ class LowRankLinear(torch.autograd.Function):
         return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.size(1)])
 
     @staticmethod
-    def backward(ctx, g: Tensor) -> tuple:
+    def backward(ctx, g):
         """dx = g W + (g Bᵀ) Aᵀ, dW = gᵀ x, db = Σ g, dA = xᵀ (g Bᵀ), dB = (x A)ᵀ g."""
         x, W, A, B, xA = ctx.saved_tensors
         need_x, need_W, need_b, *_ = ctx.needs_input_grad
