@@ -217,6 +217,7 @@ def sample_sub_transformers(space: list[SubnetConfig], stage: int, num_subnets: 
     """
     if stage == 0:
         return space[:1]
+    # Stage 1 keeps the depth: its minnet is the narrowest of the deepest.
     allowed = [phi for phi in space if stage == 2 or phi.layers == space[0].layers]
     maxnet, *others = allowed
     minnet = others.pop() if others else maxnet
@@ -409,14 +410,14 @@ def mlfs(model: SuperTransformer, examples: data.Examples, space: list[SubnetCon
 
 def begin_stage(model, examples, space, hp, state, stage):
     """Line 2, and what has no number: the permutation before stage 1, U, AdamW, a fixed teacher."""
+    # Drawn once: a run that goes on compares features by the same projections.
     if not state.U:
-        maxnet = space[0]
-        minnet = space[-1]
-        state.U = feature_projections(minnet.layers, hp.d_low, maxnet.hidden_size, hp.seed)
+        state.U = feature_projections(space[-1].layers, hp.d_low, space[0].hidden_size, hp.seed)
     device = next(model.parameters()).device
     state.U = {l: u.to(device).requires_grad_(hp.learn_u) for l, u in state.U.items()}
     state.stage = stage
-    if model.num_stages == stage:                    # otherwise this goes on in mid-stage
+    # In a run that goes on in mid-stage the adapters, already permuted, are there.
+    if model.num_stages == stage:
         if stage == 1 and hp.reorder:
             model.reorder(importance(model, examples, hp))
         model.add_stage(hp.rank if hp.adapters == "low-rank" else None, hp.seed)
@@ -440,6 +441,7 @@ def mini_batches(examples, hp, stage, done, device):
     for epoch in range(done // per_epoch, hp.epochs[stage]):
         batches = data.batches(examples, hp.batch_size, (hp.seed, stage, epoch), device)
         for step, (x, y) in enumerate(batches, epoch * per_epoch + 1):
+            # A run that goes on passes over what it has seen: nothing of the order is stored.
             if step > done:
                 yield step, my_rows(whole_batch(x, y))
 
@@ -465,6 +467,7 @@ def importance(model, examples, hp):
     for l, layer in enumerate(model.layers):
         readers[f"{l}.heads"] = layer.attention_output.weight
         readers[f"{l}.neurons"] = layer.output.weight
+    # Frozen otherwise: their gradients are asked for here alone.
     frozen = [W.requires_grad_() for W in readers.values() if not W.requires_grad]
     scores = dict.fromkeys(readers, 0.0)
     size = min(32, hp.batch_size)
@@ -482,7 +485,8 @@ def importance(model, examples, hp):
             scores[key] = scores[key] + gate.abs()
     for W in frozen:
         W.requires_grad_(False)
-    add_up(list(scores.values()))                    # one and the same order in all processes
+    # One and the same order in all processes, whatever their rounding.
+    add_up(list(scores.values()))
     return scores
 
 
@@ -521,6 +525,7 @@ def update(optimizer, losses, hp, state, step, steps):
     # Eq. 6 over all processes (ours); nothing to do where there is one.
     add_up([p.grad for p in trained if p.grad is not None] + [*losses.values()])
     norm = torch.nn.utils.clip_grad_norm_(trained, hp.clip or math.inf)
+    # Before the step: one value that is not a number would spoil all adapters.
     values = finite_losses(state.stage, step, losses, norm)
     rate = learning_rate(hp, step, steps)
     optimizer.param_groups[0]["lr"] = rate
