@@ -296,15 +296,17 @@ def test_the_order_depends_on_the_seed_alone_and_little_is_padded():
 
 
 def test_no_epoch_runs_from_short_to_long_or_groups_the_same_examples_again():
-    """200 lengths, all different, two a batch: sorted all through, 1 and 2 would always meet."""
+    """200 lengths, all different. Four a batch are one stretch of 50 batches, two a batch are two;
+    sorted all through, 1 and 2 would always meet.
+    """
     ids = [np.zeros(n, np.int32) for n in range(1, 201)]
     examples = data.Examples(ids, None, np.arange(1, 201))
 
-    def lengths(seed: int) -> list[tuple[int, ...]]:
-        return [tuple(y.tolist()) for _, y in data.batches(examples, 2, seed)]
+    def lengths(batch_size: int, seed: int) -> list[tuple[int, ...]]:
+        return [tuple(y.tolist()) for _, y in data.batches(examples, batch_size, seed)]
 
-    assert lengths(0) != sorted(lengths(0))
-    assert len(set(lengths(0)) & set(lengths(1))) < 50
+    assert lengths(4, 0) != sorted(lengths(4, 0))
+    assert len(set(lengths(2, 0)) & set(lengths(2, 1))) < 50
 
 
 # --------------------------------------------------------------------------------------- downloads
