@@ -138,7 +138,8 @@ def find_columns(names: tuple[str, ...], header: list[str]) -> tuple[int, ...]:
     """The number of each column that is named; ValueError if the header lacks one."""
     for name in names:
         if name not in header:
-            raise ValueError(f"there is no column {name!r}; the header has {str(header[:20])[:200]}")
+            found = str(header[:20])[:200]
+            raise ValueError(f"there is no column {name!r}; the header has {found}")
     return tuple(header.index(name) for name in names)
 
 
@@ -199,8 +200,8 @@ def load_code(folder: str | Path) -> dict[str, Rows]:
             else:
                 texts.append((content.decode(),))
     if len(texts) < 2:
-        raise ValueError(f"{folder} has {len(texts)} usable Python files; at least 2 are needed, "
-                         f"for training and for validation (skipped: {skipped})")
+        raise ValueError(f"{folder} has {len(texts)} usable Python files; at least 2 are needed "
+                         f"(skipped: {skipped})")
     # One seed for all runs, so that two of them are measured on the same files. Whole files, for
     # two windows of one file share names and lines.
     random.Random(0).shuffle(texts)
@@ -502,6 +503,8 @@ def load_toy(train: int = 12_000, dev: int = 1_000, seed: int = 0) -> dict[str, 
 
 GLUE_URL = "https://dl.fbaipublicfiles.com/glue/data/"
 MRPC_URL = "https://dl.fbaipublicfiles.com/senteval/senteval_data/msr_paraphrase_train.txt"
+BERT_BASE = "google-bert/bert-base-uncased"          # at the Hugging Face hub
+SANTACODER = "bigcode/gpt_bigcode-santacoder"
 
 
 def find_inputs(task: str, model: Path | None,
@@ -512,8 +515,7 @@ def find_inputs(task: str, model: Path | None,
     is missing, where it was looked for, and how to get it.
     """
     if task not in TASKS:
-        raise ValueError(f"unknown task {task!r}; choose from {', '.join(TASKS)}, or add a row of "
-                         f"your own to the table in data.py")
+        raise ValueError(f"unknown task {task!r}; choose from {', '.join(TASKS)}")
     if model and not (model / "config.json").exists():
         raise FileNotFoundError(f"--model: there is no {model / 'config.json'}; weights/README.md "
                                 f"tells how to get a checkpoint")
@@ -540,14 +542,8 @@ def find_model(task: str) -> Path:
     if task == "toy":
         return DOWNLOADS / "toy"                     # comes with the repository
     if task == "python":
-        place = DOWNLOADS / "santacoder"
-        if not has_weights(place):
-            obtain("SantaCoder", place, download_model, "bigcode/gpt_bigcode-santacoder", place)
-        return place
-    place = DOWNLOADS / "bert-base-uncased"
-    if not has_weights(place):
-        obtain("BERT-base", place, download_model, "google-bert/bert-base-uncased", place)
-    return place
+        return obtain("SantaCoder", DOWNLOADS / "santacoder", download_model, SANTACODER)
+    return obtain("BERT-base", DOWNLOADS / "bert-base-uncased", download_model, BERT_BASE)
 
 
 def find_data(task: str) -> Path:
@@ -555,22 +551,19 @@ def find_data(task: str) -> Path:
     if task == "python":
         return Path(sysconfig.get_paths()["stdlib"])             # this Python's standard library
     glue = DOWNLOADS / "glue"
-    if task in GLUE:
-        place = glue / GLUE[task].folder
-        if not all((place / name).exists() for name in GLUE[task].files.values()):
-            obtain(f"the data of {task}", place, download_glue, task, glue)
-    return glue
+    return obtain(f"the data of {task}", glue, download_glue, task) if task in GLUE else glue
 
 
-def obtain(what: str, place: Path, download: Callable, *arguments) -> None:
-    """The way of all downloads: FileNotFoundError says what could not be had, and what to do."""
+def obtain(what: str, folder: Path, download: Callable, name: str) -> Path:
+    """The way of all downloads: the folder, or FileNotFoundError saying why not and what to do."""
     try:
-        download(*arguments)
+        download(name, folder)
     except Exception as error:                       # the hub, zipfile and sockets have their own
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise FileNotFoundError(f"{what} is not in {place} and could not be downloaded ({reason}); "
-                                f"put it there, or name your own: --model FOLDER --data-dir FOLDER"
-                                ) from error
+        raise FileNotFoundError(f"{what} is not in {folder} and could not be downloaded "
+                                f"({reason}); put it there, or name your own: --model FOLDER "
+                                f"--data-dir FOLDER") from error
+    return folder
 
 
 def has_weights(folder: Path) -> bool:
@@ -578,9 +571,11 @@ def has_weights(folder: Path) -> bool:
 
 
 def download_model(name: str, folder: Path) -> None:
-    """Fetch a checkpoint from the Hugging Face hub, with progress bars."""
+    """Fetch a checkpoint from the Hugging Face hub unless it is there, with progress bars."""
     from huggingface_hub import HfApi, snapshot_download  # comes with tokenizers
 
+    if has_weights(folder):
+        return
     HfApi().model_info(name, timeout=3)              # a silent network is found out in seconds
     wanted = ["config.json", "model*.safetensors*", *TOKENIZER_FILES]
     snapshot_download(name, local_dir=folder, allow_patterns=wanted, etag_timeout=5)
@@ -589,11 +584,13 @@ def download_model(name: str, folder: Path) -> None:
 
 
 def download_glue(task: str, folder: Path) -> None:
-    """Fetch a GLUE task into `folder`/TASK, with progress bars; never leaves a partial file."""
+    """Fetch a GLUE task into `folder`/TASK unless it is there; never leaves a partial file."""
     row = GLUE[task]
-    if not row.archive:
-        raise OSError(f"{task} is not one of GLUE's tasks")
     target = folder / row.folder
+    if all((target / name).exists() for name in row.files.values()):
+        return
+    if not row.archive:
+        raise OSError(f"there is no {target}, and it is not one of GLUE's tasks")
     target.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target) as scratch:
         archive = fetch(GLUE_URL + row.archive, scratch)

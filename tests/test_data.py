@@ -202,9 +202,11 @@ def test_a_pair_is_uncased_word_pieces_with_segments(folder):
 
 
 def test_the_longer_sentence_of_a_pair_is_cut_first(folder):
-    rows = data.Rows([("is this no it not ?", "no .")], np.zeros(1, np.int64))
+    long, short = "is this no it not ?", "no ."
+    rows = data.Rows([(long, short), (short, long)], np.zeros(2, np.int64))
     encoded = data.encode(data.load_tokenizer(folder), rows, 8)
     assert decode(encoded.ids[0]) == "[CLS] is this no [SEP] no . [SEP]"
+    assert decode(encoded.ids[1]) == "[CLS] no . [SEP] is this no [SEP]"
 
 
 def test_a_tokenizer_that_does_not_fit_the_embedding_is_refused(folder):
@@ -293,6 +295,20 @@ def test_the_order_depends_on_the_seed_alone_and_little_is_padded():
     assert padded < 1.15 * sum(len(x) for x in numbered().ids)
 
 
+def test_no_epoch_runs_from_short_to_long_or_groups_the_same_examples_again():
+    """200 lengths, all different. Four a batch are one stretch of 50 batches, two a batch are two;
+    sorted all through, 1 and 2 would always meet.
+    """
+    ids = [np.zeros(n, np.int32) for n in range(1, 201)]
+    examples = data.Examples(ids, None, np.arange(1, 201))
+
+    def lengths(batch_size: int, seed: int) -> list[tuple[int, ...]]:
+        return [tuple(y.tolist()) for _, y in data.batches(examples, batch_size, seed)]
+
+    assert lengths(4, 0) != sorted(lengths(4, 0))
+    assert len(set(lengths(2, 0)) & set(lengths(2, 1))) < 50
+
+
 # --------------------------------------------------------------------------------------- downloads
 
 
@@ -332,7 +348,7 @@ def test_a_download_is_unpacked_whole_or_not_at_all(tmp_path, monkeypatch):
         (absent, "no network"),
     ):
         monkeypatch.setattr(torch.hub, "download_url_to_file", fetch)
-        words = f"data of sst2 is not in .*SST-2 and could not be downloaded .*({reason}).*; put it"
+        words = f"data of sst2 is not in .*glue and could not be downloaded .*({reason}).*; put it"
         with pytest.raises(FileNotFoundError, match=words):
             data.find_data("sst2")
         assert not list((tmp_path / "glue" / "SST-2").iterdir())

@@ -512,6 +512,9 @@ def test_held_out_and_train_are_disjoint_and_as_many_as_asked_for():
         train, held_out = data.hold_out(examples, 1, most)
         assert (len(train.ids), len(held_out.ids)) == sizes
         assert not {int(i[0]) for i in train.ids} & {int(i[0]) for i in held_out.ids}
+    many = data.Examples([np.array([0])] * 30_000, None, None)
+    for most, sizes in ((0, (29_488, 512)), (20_000, (20_000, 512))):  # no more than 512 held out
+        assert tuple(len(part.ids) for part in data.hold_out(many, 1, most)) == sizes
 
 
 # ------------------------------------------------------------------------------------- whole runs
