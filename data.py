@@ -17,7 +17,7 @@ import sysconfig
 import tempfile
 import zipfile
 from codecs import BOM_UTF8
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,7 +43,7 @@ class Task(NamedTuple):
     metrics: tuple[str, ...]                         # first: the score; f1, matthews: two classes
 
     @property
-    def files(self) -> dict[str, str]:
+    def files(self):
         """Split -> the name of its file."""
         splits = ("train", "dev", "dev_mismatched")
         return dict(zip(splits, ("train.tsv", *self.dev), strict=False))
@@ -134,7 +134,7 @@ def load_glue(task: str, split: str, folder: str | Path) -> Rows:
     return Rows(texts, np.array(labels, dtype=np.int64 if classes else np.float32))
 
 
-def find_columns(names: tuple[str, ...], header: list[str]) -> tuple[int, ...]:
+def find_columns(names, header):
     """The number of each column that is named; ValueError if the header lacks one."""
     for name in names:
         if name not in header:
@@ -143,7 +143,7 @@ def find_columns(names: tuple[str, ...], header: list[str]) -> tuple[int, ...]:
     return tuple(header.index(name) for name in names)
 
 
-def class_numbers(row: Task) -> dict[str, int]:
+def class_numbers(row):
     """What a file may write for a class -> its number; {} for regression."""
     classes = {word: i for i, word in enumerate(row.labels)}
     # GLUE writes SST-2's classes as digits, RTE's as words. Where digits are the words themselves
@@ -153,8 +153,7 @@ def class_numbers(row: Task) -> dict[str, int]:
     return classes
 
 
-def read_example(cells: list[str], columns: tuple[int, ...],
-                 classes: dict[str, int]) -> tuple[tuple[str, ...], int | float]:
+def read_example(cells, columns, classes):
     """The sentences and the label of a line; ValueError says what is wrong with it."""
     if len(cells) <= max(columns):
         raise ValueError(f"{len(cells)} columns, at least {max(columns) + 1} are needed")
@@ -167,7 +166,7 @@ def read_example(cells: list[str], columns: tuple[int, ...],
     return tuple(sentences), label
 
 
-def read_score(text: str) -> float | None:
+def read_score(text):
     """The number that a text is, None if it is none or not finite in float32."""
     try:
         value = float(text)
@@ -209,7 +208,7 @@ def load_code(folder: str | Path) -> dict[str, Rows]:
     return {"train": Rows(texts[dev:], None, skipped), "dev": Rows(texts[:dev], None)}
 
 
-def sources(path: Path) -> Iterator[bytes]:
+def sources(path):
     """The file itself, or the "content" of each line; ValueError names file and line."""
     if path.suffix == ".py":
         yield path.read_bytes()
@@ -228,7 +227,7 @@ def sources(path: Path) -> Iterator[bytes]:
                              f"({error})") from None
 
 
-def why_not(content: bytes) -> str:
+def why_not(content):
     """Why a file is no good example: "not UTF-8", "empty", "generated", or "" if it is one."""
     try:
         text = content.decode()
@@ -256,7 +255,7 @@ class Examples(NamedTuple):
     segments: list[np.ndarray] | None
     labels: np.ndarray | None
 
-    def take(self, rows: np.ndarray) -> "Examples":
+    def take(self, rows):
         ids = [self.ids[i] for i in rows]
         segments = self.segments and [self.segments[i] for i in rows]
         labels = None if self.labels is None else self.labels[rows]
@@ -268,7 +267,7 @@ TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "tokenizer_config.json", "voca
                    "merges.txt", "special_tokens_map.json", "added_tokens.json")
 
 
-def tokenizer_file(folder: str | Path) -> Path:
+def tokenizer_file(folder):
     """tokenizer.json, otherwise vocab.txt; FileNotFoundError if there is neither."""
     for name in ("tokenizer.json", "vocab.txt"):
         path = Path(folder) / name
@@ -322,7 +321,7 @@ def encode(tokenizer: Tokenizer, rows: Rows, max_length: int) -> Examples:
     return encode_sentences(tokenizer, rows, max_length)
 
 
-def encode_sentences(tokenizer: Tokenizer, rows: Rows, max_length: int) -> Examples:
+def encode_sentences(tokenizer, rows, max_length):
     """`encode` of one or two sentences an example."""
     # Cut at its end, a pair with a long first sentence would lose the second one whole.
     tokenizer.enable_truncation(max_length, strategy="longest_first")
@@ -335,7 +334,7 @@ def encode_sentences(tokenizer: Tokenizer, rows: Rows, max_length: int) -> Examp
     return Examples(ids, segments, rows.labels)
 
 
-def encode_code(tokenizer: Tokenizer, rows: Rows, max_length: int) -> Examples:
+def encode_code(tokenizer, rows, max_length):
     """`encode` of files: windows of one long stream, as in pre-training; nothing is cut off."""
     tokenizer.no_truncation()
     end = [end_of_text(tokenizer)]
@@ -348,7 +347,7 @@ def encode_code(tokenizer: Tokenizer, rows: Rows, max_length: int) -> Examples:
     return Examples([window for window in windows if len(window) > 1], None, None)
 
 
-def end_of_text(tokenizer: Tokenizer) -> int:
+def end_of_text(tokenizer):
     """The token that ends a file; ValueError if the tokenizer has none of the usual ones."""
     for name in ("<|endoftext|>", "</s>"):           # SantaCoder's, Llama's
         token = tokenizer.token_to_id(name)
@@ -362,12 +361,12 @@ def end_of_text(tokenizer: Tokenizer) -> int:
 IGNORED = -100      # the label where there is no next token; torch's cross_entropy leaves -100 out
 
 
-def cut(items: list | np.ndarray, size: int) -> list:
+def cut(items, size):
     """Pieces of `size`; the last may be shorter."""
     return [items[start:start + size] for start in range(0, len(items), size)]
 
 
-def hold_out(examples: Examples, seed: int, most: int = 0) -> tuple[Examples, Examples]:
+def hold_out(examples, seed, most=0):
     """(train, held-out): 5% of TRAIN, at most 512 examples, to watch the maxnet by.
 
     At most `most` are trained on (0: all), drawn with the seed.
@@ -381,7 +380,7 @@ def hold_out(examples: Examples, seed: int, most: int = 0) -> tuple[Examples, Ex
     return examples.take(np.sort(train)), examples.take(np.sort(order[:size]))
 
 
-def draw(examples: Examples, most: int) -> Examples:
+def draw(examples, most):
     """At most so many examples (0: all), the same ones every time."""
     order = np.random.default_rng(0).permutation(len(examples.ids))
     return examples.take(np.sort(order[:most or None]))
@@ -412,8 +411,7 @@ def batches(examples: Examples, batch_size: int, seed: int | tuple[int, ...] | N
         yield x, y.to(device)
 
 
-def batch_rows(lengths: np.ndarray, batch_size: int,
-               seed: int | tuple[int, ...] | None) -> list[np.ndarray]:
+def batch_rows(lengths, batch_size, seed):
     """The rows of each batch of an epoch: every example once.
 
     Eqs. 1 and 5 draw uniformly; ours groups examples of like length, for less padding.
@@ -431,7 +429,7 @@ def batch_rows(lengths: np.ndarray, batch_size: int,
     return [groups[i] for i in rng.permutation(len(groups))]
 
 
-def pad(rows: list[np.ndarray], filler: int = 0) -> torch.Tensor:
+def pad(rows, filler=0):
     """(B, T) in int64, T the longest row's length; the others are filled up."""
     rows = [torch.from_numpy(row) for row in rows]
     return pad_sequence(rows, batch_first=True, padding_value=filler).long()
@@ -455,7 +453,7 @@ FRAMES = {"": 1, "it is true that": 1, "i think that": 1, "nobody says that": -1
           "it is wrong that": -1}
 
 
-def toy_clause(rng: random.Random) -> tuple[str, float]:
+def toy_clause(rng):
     """A clause such as "nobody says that the plot is not very good", and its sentiment."""
     adjective = rng.choice(list(ADJECTIVES))
     degree = rng.choices(list(DEGREES), (6, 2, 2, 1, 2))[0]
@@ -466,7 +464,7 @@ def toy_clause(rng: random.Random) -> tuple[str, float]:
     return " ".join(filter(None, words)), sentiment
 
 
-def toy_review(rng: random.Random) -> tuple[str, float]:
+def toy_review(rng):
     """One sentence of one or two clauses, and its sentiment (never 0)."""
     a, x = toy_clause(rng)
     b, y = toy_clause(rng)
@@ -482,7 +480,7 @@ def toy_review(rng: random.Random) -> tuple[str, float]:
     return f"{text} .", sentiment
 
 
-def load_toy(train: int = 12_000, dev: int = 1_000, seed: int = 0) -> dict[str, Rows]:
+def load_toy(train=12_000, dev=1_000, seed=0):
     """Train and dev splits, disjoint as texts, each half positive."""
     rng = random.Random(seed)
     label_of = {}                                    # text -> 1 if positive; dev first, then train
@@ -507,8 +505,7 @@ BERT_BASE = "google-bert/bert-base-uncased"          # at the Hugging Face hub
 SANTACODER = "bigcode/gpt_bigcode-santacoder"
 
 
-def find_inputs(task: str, model: Path | None,
-                data_dir: Path | None) -> tuple[str, Path, Path, str]:
+def find_inputs(task, model, data_dir):
     """(task, model folder, data folder, note): on disk, or downloaded, or the toy and a banner.
 
     What was named never falls back: ValueError for an unknown task, FileNotFoundError saying what
@@ -537,7 +534,7 @@ def find_inputs(task: str, model: Path | None,
     return "toy", find_model("toy"), find_data("toy"), note
 
 
-def find_model(task: str) -> Path:
+def find_model(task):
     """The folder of the checkpoint that a task starts from by default."""
     if task == "toy":
         return DOWNLOADS / "toy"                     # comes with the repository
@@ -546,7 +543,7 @@ def find_model(task: str) -> Path:
     return obtain("BERT-base", DOWNLOADS / "bert-base-uncased", download_model, BERT_BASE)
 
 
-def find_data(task: str) -> Path:
+def find_data(task):
     """The folder of a task's data by default."""
     if task == "python":
         return Path(sysconfig.get_paths()["stdlib"])             # this Python's standard library
@@ -554,7 +551,7 @@ def find_data(task: str) -> Path:
     return obtain(f"the data of {task}", glue, download_glue, task) if task in GLUE else glue
 
 
-def obtain(what: str, folder: Path, download: Callable, name: str) -> Path:
+def obtain(what, folder, download, name):
     """The way of all downloads: the folder, or FileNotFoundError saying why not and what to do."""
     try:
         download(name, folder)
@@ -566,11 +563,11 @@ def obtain(what: str, folder: Path, download: Callable, name: str) -> Path:
     return folder
 
 
-def has_weights(folder: Path) -> bool:
+def has_weights(folder):
     return any(folder.glob("model*.safetensors"))
 
 
-def download_model(name: str, folder: Path) -> None:
+def download_model(name, folder):
     """Fetch a checkpoint from the Hugging Face hub unless it is there, with progress bars."""
     from huggingface_hub import HfApi, snapshot_download  # comes with tokenizers
 
@@ -583,7 +580,7 @@ def download_model(name: str, folder: Path) -> None:
         raise OSError(f"{name} has no model.safetensors")
 
 
-def download_glue(task: str, folder: Path) -> None:
+def download_glue(task, folder):
     """Fetch a GLUE task into `folder`/TASK unless it is there; never leaves a partial file."""
     row = GLUE[task]
     target = folder / row.folder
@@ -605,7 +602,7 @@ def download_glue(task: str, folder: Path) -> None:
             os.replace(part, target / name)
 
 
-def fetch(url: str, folder: str) -> Path:
+def fetch(url, folder):
     """Fetch one file, with a progress bar."""
     path = Path(folder) / url.rpartition("/")[2]
     patience = socket.getdefaulttimeout()
@@ -617,7 +614,7 @@ def fetch(url: str, folder: str) -> Path:
     return path
 
 
-def split_mrpc(corpus: bytes, dev_ids: bytes) -> dict[str, bytes]:
+def split_mrpc(corpus, dev_ids):
     """MRPC comes as one file of 4,076 pairs, and the id pairs of the 408 that GLUE calls dev."""
     header, *lines = corpus.splitlines()
     wanted = set(dev_ids.splitlines())
@@ -631,7 +628,7 @@ def split_mrpc(corpus: bytes, dev_ids: bytes) -> dict[str, bytes]:
     return {name: b"\n".join([header, *part]) + b"\n" for name, part in parts.items()}
 
 
-def sha256(paths: list[Path]) -> str:
+def sha256(paths):
     """The digest, in hexadecimal, of files in a row; FileNotFoundError names a missing one."""
     digest = hashlib.sha256()
     for path in paths:
