@@ -163,6 +163,11 @@ def describe(model: SuperTransformer, phi: SubnetConfig) -> dict:
             "macs": sum(linear.weight.numel() for linear in linears)}
 
 
+SIZE_KEYS = {"name": str, "heads": int, "hidden_size": int, "intermediate_size": int,
+             "layers": list, "parameters": int, "size_mb": float, "encoder_parameters": int,
+             "macs": int}                            # what `describe` returns, to check what is read
+
+
 def subnet(row: dict) -> SubnetConfig:
     """Φ of a row."""
     return SubnetConfig(row["hidden_size"], row["heads"], row["intermediate_size"],
@@ -242,57 +247,69 @@ def worth_shipping(rows: list[dict], metric: str) -> list[tuple[int, dict]]:
     return front
 
 
+def millions(count: int) -> str:
+    return f"{count / 1e6:.2f}M"
+
+
+FORMATS: dict[str, Callable] = {                     # of a row's values; all others: as a score
+    "layers": lambda layers: str(len(layers)),
+    "parameters": millions,
+    "encoder_parameters": millions,
+    "macs": millions,
+    "size_mb": "{:.1f} MB".format,
+    "latency_ms": "{:.2f}".format,
+    "slice_ms": "{:.2f}".format,
+}
+SHARED = {*FORMATS, "score"} - {"layers"}            # shown as a share of the first row's, too
+
+
 def table(rows: list[dict], columns: dict[str, str], metric: str) -> str:
-    """Markdown; columns maps a key to its heading. Sizes and times: also as a share of row 1's."""
-    lines = [list(columns.values())] + [[cell(row, key, rows[0], metric) for key in columns]
-                                        for row in rows]
+    """Markdown, a line per row; columns maps a key of the first row to its heading.
+
+    A latency's 10% and 90% quantiles stand in brackets. The share of the first row's value is left
+    out where it means nothing: of a loss, of a score that is 0 or less.
+    """
+    def cell(row: dict, key: str) -> str:
+        if key not in row:                           # a padded subnet's latency
+            return ""
+        value = row[key]
+        text = show(metric, value) if isinstance(value, float) else str(value)
+        if key in FORMATS:
+            text = FORMATS[key](value)
+        if key + "_range" in row:
+            text += " [{:.2f}, {:.2f}]".format(*row[key + "_range"])
+        comparable = key in SHARED and (key, metric) != ("score", "loss")
+        if comparable and rows[0][key] > 0:
+            text += f" ({value / rows[0][key]:.0%})"
+        return text
+
+    keys = [key for key in columns if key in rows[0]]
+    lines = [[columns[key] for key in keys]]
+    lines += [[cell(row, key) for key in keys] for row in rows]
     widths = [max(map(len, column)) for column in zip(*lines)]
-    rule = [":" + "-" * (widths[0] - 1)] + ["-" * (w - 1) + ":" for w in widths[1:]]
-    lines.insert(1, rule)
-    return "\n".join("| " + " | ".join([line[0].ljust(widths[0])] + [
-        text.rjust(width) for text, width in zip(line[1:], widths[1:])]) + " |" for line in lines)
+    lines.insert(1, ["-" * width for width in widths])
+    return "\n".join("| " + " | ".join(map(str.ljust, cells, widths)) + " |" for cells in lines)
 
 
-def cell(row: dict, key: str, first: dict, metric: str) -> str:
-    if key == "quality":
-        share = metric != "loss" and first["score"] > 0              # of a correlation, perhaps not
-        return quality(row, metric) + (f" ({row['score'] / first['score']:.0%})" if share else "")
-    value = row.get(key, "")
-    if value == "":
-        return value
-    if key == "layers":
-        return str(len(value))
-    if key.endswith(("parameters", "macs")):
-        return f"{value / 1e6:.2f}M ({value / first[key]:.0%})"
-    if key == "size_mb":
-        return f"{value:.1f} MB ({value / first[key]:.0%})"
-    if key.endswith("_ms"):
-        low, high = row[key + "_range"]
-        return f"{value:.2f} ({low:.2f}-{high:.2f}; {value / first[key]:.0%})"
-    return show(metric, value) if isinstance(value, float) else str(value)
-
-
-COLUMNS = {"name": "subnet", "parameters": "parameters", "encoder_parameters": "encoder"}
+SIZE_COLUMNS = {"name": "subnet", "parameters": "parameters", "encoder_parameters": "encoder"}
+MEASURED_COLUMNS = {
+    "name": "subnet", "heads": "heads", "intermediate_size": "FFN", "hidden_size": "hidden",
+    "layers": "layers", "parameters": "parameters", "encoder_parameters": "encoder",
+    "macs": "MACs per token", "size_mb": "on disk", "score": "score", "stderr": "± s.e.",
+    "latency_ms": "latency, ms", "slice_ms": "in place, ms",
+}
 
 
 def final_table(rows: list[dict], metric: str, last: int = 0) -> str:
     """The palette with a column for each of the `last` moments that were measured (0: for all),
     oldest first, the standard error of the last, and the task's other metrics then."""
-    moments = [*rows[0].get("history", ["score"])][-last:]
-    others = [key for key in rows[0] if key in (*METRICS, "accuracy_mismatched")][1:]
-    columns = COLUMNS | {key: key for key in moments} | {"stderr": "± s.e."}
+    moments = list(rows[0].get("history", ["score"]))
+    if last:
+        moments = moments[-last:]
+    others = [key for key in (*METRICS, "accuracy_mismatched") if key in rows[0] and key != metric]
+    columns = SIZE_COLUMNS | {moment: moment for moment in moments} | {"stderr": "± s.e."}
     columns |= {key: key for key in others}
     return table([row | row.get("history", {}) for row in rows], columns, metric)
-
-
-def palette_table(rows: list[dict], metric: str) -> str:
-    """What each subnet is, gives and costs; latency where it was measured."""
-    columns = {"name": "subnet", "heads": "heads", "intermediate_size": "FFN",
-               "hidden_size": "hidden", "layers": "layers", "parameters": "parameters",
-               "encoder_parameters": "encoder", "macs": "MACs per token", "size_mb": "on disk",
-               "quality": "score ± s.e.", "latency_ms": "latency, ms", "slice_ms": "in place, ms"}
-    return table(rows, {key: columns[key] for key in columns
-                        if key in rows[0] or key == "quality"}, metric)
 
 
 def title(task: str, metric: str, examples: int) -> str:
@@ -302,7 +319,7 @@ def title(task: str, metric: str, examples: int) -> str:
 
 # ------------------------------------------------------------------------------------- pictures
 
-def need(option: str, packages: str, *modules: str) -> None:
+def require_package(option: str, packages: str, *modules: str) -> None:
     """ValueError unless the optional packages of an option are installed."""
     try:
         for module in modules:
@@ -322,86 +339,78 @@ def picture(path: Path, panels: int):
         figure.savefig(beside, format=path.suffix[1:], dpi=120)
 
 
-def pareto(rows: list[dict], key: str, metric: str) -> list[dict]:
-    """The rows that score higher than all that cost no more, cheapest first."""
-    front: list[dict] = []
-    for row in sorted(rows, key=lambda row: (row[key], -gain(metric, 0, row["score"]))):
-        if not front or gain(metric, front[-1]["score"], row["score"]) > 0:
-            front.append(row)
-    return front
-
-
-def plot_palette(path: Path, rows: list[dict], metric: str, heading: str, teacher: float | None,
-                 others: dict[str, list[dict]]) -> None:
-    """Score against parameters and against latency, with standard errors, the Pareto front, the
-    teacher's score, its slices before stages 1 and 2, and the palettes of other runs."""
-    factor = 1 if metric == "loss" else 100
+def plot_palette(path: Path, rows: list[dict], metric: str, heading: str,
+                 teacher: float | None) -> None:
+    """Score against parameters and against latency, with standard errors; the teacher's score, and
+    its slices before stages 1 and 2."""
+    points = 1 if metric == "loss" else 100
+    scores = [points * row["score"] for row in rows]
+    errors = [points * row["stderr"] for row in rows]
+    history = rows[0].get("history", {})
     with picture(path, 2) as (figure, axes):
         figure.suptitle(heading)
-        for axis, (key, scale, label) in zip(axes, (("parameters", 1e6, "parameters, millions"),
-                                                    ("latency_ms", 1, "latency, ms"))):
-            def draw(some: list[dict], **style) -> None:
-                axis.errorbar([row[key] / scale for row in some],
-                              [factor * row["score"] for row in some],
-                              [factor * row["stderr"] for row in some], capsize=2, **style)
-
+        for axis, (key, unit, label) in zip(axes, (("parameters", 1e6, "parameters, millions"),
+                                                   ("latency_ms", 1, "latency, ms"))):
+            costs = [row[key] / unit for row in rows]
             for moment, mark in (("sliced teacher", "x"), ("reordered", "+")):
-                if old := [row for row in rows if moment in row.get("history", {})]:
-                    axis.plot([row[key] / scale for row in old],
-                              [factor * row["history"][moment] for row in old], mark,
-                              color="gray", label=f"{moment}, not trained further")
-            front = pareto(rows, key, metric)
-            axis.plot([row[key] / scale for row in front],
-                      [factor * row["score"] for row in front], color="C0", label="Pareto front")
-            draw(rows, fmt="o", color="C0", label="MLFS")
-            for row in rows:
-                axis.annotate(row["name"], (row[key] / scale, factor * row["score"]), fontsize=7,
-                              xytext=(4, -9), textcoords="offset points")
-            for i, (name, other) in enumerate(others.items(), 1):
-                draw([row for row in other if key in row], fmt="s", color=f"C{i}", label=name)
+                if moment in history:
+                    old = [points * row["history"][moment] for row in rows]
+                    axis.plot(costs, old, mark, color="gray", label=f"{moment}, not trained yet")
+            axis.errorbar(costs, scores, errors, fmt="o", capsize=2, label="MLFS")
+            for row, cost, score in zip(rows, costs, scores):
+                axis.annotate(row["name"], (cost, score), fontsize=7, xytext=(4, -9),
+                              textcoords="offset points")
             if teacher is not None:
-                axis.axhline(factor * teacher, color="black", linestyle=":", label="teacher")
+                axis.axhline(points * teacher, color="black", linestyle=":", label="teacher")
             axis.set_xlabel(label)
             axis.grid(alpha=0.3)
         axes[0].set_ylabel("loss, nats per token" if metric == "loss" else f"{metric}, points")
         axes[0].legend(fontsize=7)
 
 
-def plot_curves(path: Path, logs: dict[str, list[dict]]) -> None:
+def read_log(path: Path) -> list[dict]:
+    """The lines of log.jsonl; ValueError if they hold no losses, or what no run wrote."""
+    entries = read_lines(path, {"stage": int, "step": int})
+    drawn = [entry[kind] for entry in entries for kind in ("loss", "validation") if kind in entry]
+    if not drawn:
+        raise ValueError(f"{path} has no losses yet")
+    values = [value for part in drawn if isinstance(part, dict) for value in part.values()]
+    dicts = all(isinstance(part, dict) for part in drawn)
+    if not dicts or not all(isinstance(value, (int, float)) for value in values):
+        raise ValueError(f"{path} is not one of ours, or was edited")
+    return entries
+
+
+def running_mean(points: list[tuple], window: int) -> list[np.ndarray]:
+    """x and y of points (x, y), each averaged over a window, or over a third of all if that is
+    less."""
+    window = min(window, math.ceil(len(points) / 3))
+    return [np.convolve(values, np.full(window, 1 / window), "valid") for values in zip(*points)]
+
+
+def plot_curves(path: Path, entries: list[dict]) -> None:
     """Losses per subnet, averaged over 10 logged steps, and validation scores, over the iterations
     of all stages (Figs. 2, 5 and 7)."""
-    kinds = [kind for kind in ("loss", "validation")
-             if any(kind in entry for log in logs.values() for entry in log)]
-    for log, entries in logs.items():
-        if not any(kind in entry for kind in kinds for entry in entries):
-            raise ValueError(f"{log} has no losses yet")
-        drawn = [entry.get(kind, {}) for entry in entries for kind in kinds]
-        if not all(isinstance(part, dict) and all(isinstance(value, (int, float))
-                                                  for value in part.values()) for part in drawn):
-            raise ValueError(f"{log} is not one of ours, or was edited")
-    names = list(dict.fromkeys(name for log in logs.values() for entry in log for kind in kinds
+    labels = {"loss": "training loss", "validation": "validation score"}
+    kinds = [kind for kind in labels if any(kind in entry for entry in entries)]
+    names = list(dict.fromkeys(name for entry in entries for kind in kinds
                                for name in entry.get(kind, {})))
-    styles = dict(zip(logs, itertools.cycle(("-", "--", ":", "-."))))
-    with picture(path, len(kinds)) as (figure, axes):
-        figure.suptitle(", ".join(f"{style} {log}" for log, style in styles.items()), fontsize=8)
-        for (log, entries), kind in itertools.product(logs.items(), kinds):
-            axis, start = axes[kinds.index(kind)], 0
-            for stage in range(3):
-                part = [entry for entry in entries if entry["stage"] == stage]
-                for i, name in enumerate(names):
-                    points = [(start + entry["step"], entry[kind][name]) for entry in part
-                              if name in entry.get(kind, {})]
-                    if points:
-                        window = np.ones(min(10, -(-len(points) // 3)) if kind == "loss" else 1)
-                        x, y = (np.convolve(v, window / len(window), "valid")
-                                for v in zip(*points))
-                        axis.plot(x, y, styles[log], marker="." * (len(x) == 1) or None,
-                                  color=f"C{i % 10}", linewidth=1)
-                start += max((entry["step"] for entry in part), default=0)
-                axis.axvline(start, color="gray", linewidth=0.5)
+    starts = [0]
+    for stage in range(2):
+        steps = [entry["step"] for entry in entries if entry["stage"] == stage]
+        starts.append(starts[-1] + max(steps, default=0))
+    with picture(path, len(kinds)) as (_, axes):
         for axis, kind in zip(axes, kinds):
+            for (i, name), stage in itertools.product(enumerate(names), range(3)):
+                points = [(starts[stage] + entry["step"], entry[kind][name]) for entry in entries
+                          if entry["stage"] == stage and name in entry.get(kind, {})]
+                if points:
+                    x, y = running_mean(points, 10 if kind == "loss" else 1)
+                    axis.plot(x, y, marker="." if len(x) == 1 else "", color=f"C{i % 10}")
+            for start in starts[1:]:
+                axis.axvline(start, color="gray", linewidth=0.5)
             axis.set_xlabel("iterations of the three stages")
-            axis.set_ylabel("training loss" if kind == "loss" else "validation score")
+            axis.set_ylabel(labels[kind])
         for i, name in enumerate(names):
             axes[0].plot([], [], color=f"C{i % 10}", label=name)
         axes[0].legend(fontsize=7)
@@ -422,10 +431,12 @@ def new_folder(folder: Path):
 
 
 def export(small: SuperTransformer, folder: Path, base: Path, labels: tuple[str, ...],
-           card: str, onnx: bool = False) -> str:
+           card: str, onnx: bool = False) -> None:
     """An ordinary checkpoint of a merged subnet: config.json, model.safetensors, the base's
-    tokenizer (from vocab.txt alone also as tokenizer.json, as we read it), a model card and, if
-    wanted, model.onnx. Returns what that does, if it is."""
+    tokenizer, a model card and, if wanted, model.onnx.
+
+    A tokenizer of vocab.txt alone is stored as tokenizer.json as well, as we read it.
+    """
     with new_folder(folder) as beside:
         save_pretrained(small, beside, labels)
         for name in data.TOKENIZER_FILES:
@@ -434,94 +445,93 @@ def export(small: SuperTransformer, folder: Path, base: Path, labels: tuple[str,
         if not (base / "tokenizer.json").exists():
             data.load_tokenizer(base).save(str(beside / "tokenizer.json"))
         (beside / "README.md").write_text(card, encoding="utf-8")
-        return export_onnx(small, beside / "model.onnx") if onnx else ""
+        if onnx:
+            export_onnx(small, beside / "model.onnx")
 
 
 def common_form(small: SuperTransformer, pad: bool) -> tuple[SuperTransformer, str]:
     """The model with heads of zeros added if `pad`, and what other libraries can make of it."""
-    c, whole = small.config, small.maxnet
-    N, D, H = whole.num_attention_heads, c["head_dim"], c["hidden_size"]
-    heads, shape = small.common_heads(), f"{N} heads of {D} at hidden size {H}"
-    if heads == N:
-        if pad:
-            raise ValueError(f"--pad-heads: nothing to pad, other libraries can express {shape}")
+    config = small.config
+    own = config["num_attention_heads"]
+    hidden = config["hidden_size"]
+    shape = f"{own} heads of {config['head_dim']} at hidden size {hidden}"
+    heads = small.common_heads()
+    if pad and heads == own:
+        raise ValueError(f"--pad-heads: nothing to pad, other libraries can express {shape}")
+    if pad and heads is None:
+        raise ValueError(f"--pad-heads: no number of heads from {own} on fits hidden size {hidden}")
+    if heads == own:
         return small, "The transformers library can load it."
     why = f"The transformers library's {type(small).__name__} cannot express {shape}"
     if heads is None:
-        if pad:
-            raise ValueError(f"--pad-heads: no number of heads from {N} on fits hidden size {H}")
         return small, f"{why}, padded or not; load_pretrained of model.py reads it."
-    padded, more = small.pad_heads(heads), heads - N
-    old, new = (describe(model, model.maxnet) for model in (small, padded))
-    cost = (f"{more} head{'s' * (more > 1)} of zeros: {new['parameters'] / 1e6:.2f}M instead of "
-            f"{old['parameters'] / 1e6:.2f}M parameters, {new['macs'] / 1e6:.2f}M instead of "
-            f"{old['macs'] / 1e6:.2f}M MACs per token")
+    padded = small.pad_heads(heads)
+    old = describe(small, small.maxnet)
+    new = describe(padded, padded.maxnet)
+    cost = f"{heads} heads, the new ones zeros: " + ", ".join(
+        f"{millions(new[key])} instead of {millions(old[key])} {what}"
+        for key, what in (("parameters", "parameters"), ("macs", "MACs per token")))
     if pad:
-        return padded, f"The transformers library can load it, thanks to {cost}."
-    return small, f"{why}; load_pretrained of model.py reads it; --pad-heads would add {cost}."
+        return padded, f"The transformers library can load it, padded to {cost}."
+    return small, f"{why}; load_pretrained of model.py reads it; --pad-heads makes it {cost}."
 
 
-def export_onnx(small: SuperTransformer, path: Path) -> str:
-    """Writes float32 ONNX with dynamic batch and length; checks its logits, compares its latency.
+class Logits(torch.nn.Module):
+    """The model with the input names that other libraries use; its only output is z."""
 
-    Raises ValueError if a logit differs by more than 1e-3.
+    def __init__(self, model: SuperTransformer):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids, attention_mask, token_type_ids=None):
+        segments = {} if token_type_ids is None else {"segments": token_type_ids}
+        return self.model(input_ids, attention_mask, features=(), **segments)[0]
+
+
+def onnx_inputs(model: SuperTransformer, batch: int, length: int) -> dict[str, torch.Tensor]:
+    """Random inputs (batch, length); the last of several rows is padded by half."""
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(model.config["vocab_size"], (batch, length), generator=draw)
+    mask = torch.ones_like(ids)
+    if batch > 1:
+        mask[-1, max(1, length // 2):] = 0
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    if not isinstance(model, Decoder):
+        kinds = model.config["type_vocab_size"]
+        inputs["token_type_ids"] = torch.randint(kinds, ids.shape, generator=draw)
+    return inputs
+
+
+def export_onnx(small: SuperTransformer, path: Path) -> None:
+    """Writes float32 ONNX with dynamic batch and length.
+
+    ValueError if onnxruntime's logits differ by more than 1e-3 from ours.
     """
     import onnxruntime                               # an optional extra, as is onnxscript, in torch
 
-    class Logits(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.model = small.float().cpu()
-
-        def forward(self, input_ids, attention_mask, token_type_ids=None):
-            more = {} if token_type_ids is None else {"segments": token_type_ids}
-            return self.model(input_ids, attention_mask, features=(), **more)[0]
-
-    decoder = isinstance(small, Decoder)
-    names = ["input_ids", "attention_mask", "token_type_ids"][:2 if decoder else 3]
+    small = small.float().cpu()
+    model = Logits(small)
     room = small.config["max_position_embeddings"]
-    draw = torch.Generator().manual_seed(0)
-
-    def example(batch: int, length: int) -> dict[str, torch.Tensor]:
-        ids = torch.randint(small.config["vocab_size"], (batch, length), generator=draw)
-        mask = torch.ones_like(ids)
-        mask[-1, max(1, length // 2):] = batch == 1                  # the last row is padded
-        segments = torch.randint(small.config.get("type_vocab_size", 1), ids.shape, generator=draw)
-        return dict(zip(names, (ids, mask, segments)))
-
+    example = onnx_inputs(small, 2, min(8, room))
     axes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length", max=room)}
-    model = Logits()
+    large = sum(p.nbytes for p in model.parameters()) > 2 ** 30      # one file ends at 2 GiB
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")                              # torch's, on its own workings
-        large = sum(p.nbytes for p in model.parameters()) > 2 ** 30  # one file ends at 2 GiB
-        torch.onnx.export(model, tuple(example(2, min(8, room)).values()), path, input_names=names,
-                          output_names=["logits"], dynamic_shapes=dict.fromkeys(names, axes),
+        torch.onnx.export(model, tuple(example.values()), path, input_names=list(example),
+                          output_names=["logits"], dynamic_shapes=dict.fromkeys(example, axes),
                           dynamo=True, verbose=False, external_data=large)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    differs, z, times = [], {}, {"onnxruntime": [], "PyTorch": []}
-    with torch.inference_mode():
-        for batch, length in itertools.product((1, 3), (min(7, room), min(128, room))):
-            x = example(batch, length)
-            feed = {name: part.numpy() for name, part in x.items()}
-            real = x["attention_mask"].bool() if decoder else slice(None)
-            for name, form in (("PyTorch", lambda: model(**x)),      # one after the other: idle
-                               ("onnxruntime", lambda: session.run(None, feed)[0])):  # threads spin
-                for _ in range(10):
-                    start = time.perf_counter()
-                    z[name] = form()
-                    times[name].append(time.perf_counter() - start)
-            away = torch.from_numpy(z["onnxruntime"]) - z["PyTorch"]
-            differs.append(away[real].abs().max())
-    if not (most := float(torch.stack(differs).max())) <= 1e-3:      # not a number fails, too
-        raise ValueError(f"{path.name}: its logits differ by {most:.1e} from PyTorch's; nothing "
-                         f"was written")
-    middle = {name: 1e3 * float(np.median(some[10:20])) for name, some in times.items()}
-    return (f"model.onnx: logits within {most:.0e} of PyTorch's; "
-            + ", ".join(f"{name} {ms:.2f} ms" for name, ms in middle.items())
-            + f" (batch 1, {length} tokens, float32)")
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    for batch, length in itertools.product((1, 3), (min(7, room), min(128, room))):
+        x = onnx_inputs(small, batch, length)
+        z, = session.run(None, {name: part.numpy() for name, part in x.items()})
+        away = (torch.from_numpy(z) - model(**x).detach()).abs()
+        if isinstance(small, Decoder):                               # what follows padding is void
+            away = away[x["attention_mask"].bool()]
+        most = float(away.max())
+        if not most <= 1e-3:                                         # not a number fails, too
+            raise ValueError(f"{path.name}: its logits differ by {most:.1e} from PyTorch's; "
+                             f"nothing was written")
 
 
 def model_card(run: dict, rows: list[dict], metric: str, form: str, dtype: str, where: str) -> str:
@@ -540,7 +550,7 @@ Layers kept, from 0: {', '.join(map(str, row['layers']))}. Weights in {dtype}. {
 
 {title(run['task'], metric, run['data']['dev'])}:
 
-{palette_table(rows, metric)}
+{table(rows, MEASURED_COLUMNS, metric)}
 
 {where}
 """
@@ -645,17 +655,15 @@ def read_lines(path: Path, keys: dict[str, type]) -> list[dict]:
     """A row for each line of *.jsonl or *.jsonl.gz; ValueError names file, line and missing key."""
     if not path.exists():
         raise FileNotFoundError(f"there is no {path}")
+    unpack = gzip.open if path.suffix == ".gz" else open
     rows: list[dict] = []
     try:
-        unpack = gzip.open if path.suffix == ".gz" else open
         with unpack(path, "rt", encoding="utf-8-sig") as file:       # a byte-order mark is no text
             for line in file:
                 row = json.loads(line)
-                if missing := [key for key in keys if not isinstance(row.get(key), keys[key])]:
-                    raise ValueError(f"there is no {missing[0]!r}, or it is of the wrong type")
+                check_keys(row, keys)
                 rows.append(row)
-    except (EOFError, zlib.error, gzip.BadGzipFile, ValueError, AttributeError,
-            RecursionError) as error:
+    except (EOFError, zlib.error, gzip.BadGzipFile, ValueError, RecursionError) as error:
         raise ValueError(f"{path}, line {len(rows) + 1}: {error}") from None
     return rows
 
@@ -943,14 +951,6 @@ def digest(tensors: dict[str, torch.Tensor]) -> str:
     return sha.hexdigest()
 
 
-def fingerprint(settings: dict) -> str:
-    """sha256 of those settings in run.json that the adapters were trained with."""
-    keys = ("task", "note", "num_labels", "space", "hyper_parameters", "dtype")
-    counts = {key: value for key, value in settings["data"].items() if key != "folder"}
-    parts = [settings.get(key) for key in keys] + [settings["base"]["sha256"], counts]
-    return text_digest(parts)
-
-
 def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
     """What `save_tensors` wrote; FileNotFoundError or ValueError if it cannot be read."""
     if not path.exists():
@@ -977,7 +977,7 @@ def save_tensors(path: Path, tensors: dict[str, torch.Tensor], origin: dict) -> 
 def save_adapters(folder: Path, model: SuperTransformer, settings: dict) -> None:
     """{A_s, B_s}, the head and the permutation: with the base model, all there is to keep."""
     origin = {"task": settings["task"], "note": settings["note"],
-              "base": settings["base"]["sha256"], "run": fingerprint(settings)}
+              "base": settings["base"]["sha256"]}
     save_tensors(folder / "adapters.safetensors", model.trained_state(), origin)
 
 
@@ -997,29 +997,40 @@ def load_state(folder: Path, model: SuperTransformer) -> dict | None:
     if not path.exists():
         return None
     tensors, position = read_tensors(path)
-    names = re.compile(r"model\..+|U\.\d+|optimizer\.\d+\.\w+")
-    if ([type(position.get(key)) for key in ("stage", "step")] != [int, int]
-            or not all(map(names.fullmatch, tensors))):
-        raise ValueError(f"{path} is not one of ours; train anew with --overwrite")
-    fill(model, path, {name.removeprefix("model."): t for name, t in tensors.items()
-                       if name.startswith("model.")})
+    learned: dict[str, torch.Tensor] = {}
+    U: dict[int, torch.Tensor] = {}
+    moments: dict[int, dict[str, torch.Tensor]] = {}
+    with naming(f"{path} is not one of ours; train anew with --overwrite"):
+        check_keys(position, {"stage": int, "step": int})
+        for name, t in tensors.items():
+            kind, _, rest = name.partition(".")
+            if kind == "model":
+                learned[rest] = t
+            elif kind == "U":
+                U[int(rest)] = t
+            else:
+                number, moment = name.removeprefix("optimizer.").split(".")
+                moments.setdefault(int(number), {})[moment] = t
+    with naming(path):
+        model.load_trained_state(learned)
     model.num_stages = position["stage"] + 1         # without adapters, nothing else tells
-    resume = position | {"optimizer": {}, "U": {}}
-    for name, t in tensors.items():
-        kind, number, *moment = name.split(".")
-        if kind == "U":
-            resume["U"][int(number)] = t
-        elif kind == "optimizer":
-            resume["optimizer"].setdefault(int(number), {})[moment[0]] = t
-    return resume
+    return position | {"optimizer": moments, "U": U}
 
 
-def fill(model: SuperTransformer, path: Path, state: dict[str, torch.Tensor]) -> None:
-    """`load_trained_state`; ValueError names the file."""
+@contextmanager
+def naming(where: str | Path):
+    """Puts before the words of a ValueError where what was read stands."""
     try:
-        model.load_trained_state(state)
+        yield
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise ValueError(f"{where}: {error}") from None
+
+
+def check_keys(row: object, keys: dict[str, type]) -> None:
+    """ValueError unless that is a JSON object with these keys, each with a value of its type."""
+    for key, kind in keys.items():
+        if not isinstance(row, dict) or not isinstance(row.get(key), kind):
+            raise ValueError(f"there is no {key!r}, or it is of the wrong type")
 
 
 def keep_log(path: Path, resume: dict | None) -> None:
@@ -1047,25 +1058,28 @@ def write_palette(folder: Path, settings: dict, task: data.Task, rows: list[dict
     content = {"task": name, "metric": metric, "note": note, "measured": measured, "subnets": rows}
     text = f"{title(name, metric, settings['data']['dev'])}\n\n{final_table(rows, metric)}\n"
     if "length" in measured:
-        text += f"\n{palette_table(rows, metric)}\n\n{conditions(measured)}\n"
-    write_json(folder / "palette.json", content | {"sha256": text_digest(content)})
+        text += f"\n{table(rows, MEASURED_COLUMNS, metric)}\n\n{conditions(measured)}\n"
+    write_json(folder / "palette.json", content)
     with replacing(folder / "palette.md") as path:
         path.write_text((f"**{note}**\n\n" if note else "") + text, encoding="utf-8")
 
 
 def read_palette(folder: Path) -> dict:
-    """palette.json: "metric", "measured", "subnets"; nothing in them if there is no such file."""
+    """palette.json: "metric", "measured", "subnets"; nothing in them if there is no such file.
+
+    ValueError if it lacks what `write_palette` writes. (Old ones have a "sha256" as well.)
+    """
     path = folder / "palette.json"
     if not path.exists():
         return {"metric": "", "measured": {}, "subnets": []}
     content = read_json(path)
-    if content.pop("sha256", "") != text_digest(content):
-        raise ValueError(f"{path} was damaged or edited; delete it, and evaluate.py measures anew")
+    with naming(f"{path} was damaged or edited; delete it, and evaluate.py measures anew"):
+        check_keys(content, {"metric": str, "measured": dict, "subnets": list})
+        for row in content["subnets"]:
+            check_keys(row, SIZE_KEYS | {"score": float, "stderr": float})
+            for score in row.get("history", {}).values():
+                check_keys({"history": score}, {"history": float})
     return content
-
-
-def text_digest(content: dict | list) -> str:
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def device_name(device: str) -> str:
@@ -1077,14 +1091,13 @@ def device_name(device: str) -> str:
         return platform.processor() or platform.machine()
 
 
-def conditions(m: dict) -> str:
-    """Where and how a palette was measured, as a sentence."""
-    if "length" not in m:
-        return f"Scores as the training run measured them, in {m['dtype']}."
-    return (f"Latency of a forward pass, median (10%-90% of the runs; share of the first row's), "
-            f"of the stand-alone model and of the slice in place: batch {m['batch_size']}, "
-            f"{m['length']} tokens, {m['dtype']}, {m['device']}, {m['threads']} threads, PyTorch "
-            f"{m['torch']}.")
+def conditions(measured: dict) -> str:
+    """Where and how a palette was measured."""
+    what = "Scores as the training run measured them"
+    if "length" in measured:
+        what = "Median latency of a forward pass [10%, 90%], stand-alone and in place"
+    return f"{what}: " + ", ".join(f"{key} {value}" for key, value in measured.items()
+                                   if key != "adapters") + "."
 
 
 def peak_memory(device: str) -> int:
@@ -1099,40 +1112,53 @@ def peak_memory(device: str) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+RUN_KEYS = {"task": str, "note": str, "num_labels": int, "base": dict, "data": dict,
+            "hyper_parameters": dict, "space": list}
+
+
+def read_run(folder: Path) -> tuple[dict, list[SubnetConfig]]:
+    """(run.json, 𝒜); ValueError if it lacks what a run writes."""
+    path = folder / "run.json"
+    run = read_json(path)
+    with naming(f"{path} is not one of ours, or was edited"):
+        check_keys(run, RUN_KEYS)
+        check_keys(run["base"], {"folder": str, "sha256": str})
+        check_keys(run["data"], {"folder": str, "dev": int})
+        check_keys(run["hyper_parameters"], {"init": str, "seed": int, "rank": int,
+                                             "max_length": int, "dev_examples": int})
+        check_keys(data.TASKS, {run["task"]: data.Task})
+        for row in run["space"]:
+            check_keys(row, SIZE_KEYS)
+    return run, [subnet(row) for row in run["space"]]
+
+
 def load_run(folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float32,
              base: Path | None = None) -> tuple[dict, SuperTransformer, list[SubnetConfig]]:
     """(run.json, the model with its adapters, 𝒜), from the folder and its base checkpoint.
 
     base: where that is now, if not where the run found it. Raises FileNotFoundError or ValueError
-    naming what is missing, damaged, edited, or of another base.
+    naming what is missing, damaged, or of another base.
     """
-    run = read_json(folder / "run.json")
-    try:
-        base, sha256 = base or Path(run["base"]["folder"]), run["base"]["sha256"]
-        hp = run["hyper_parameters"]
-        random_start, seed = hp["init"] == "random", hp["seed"]
-        run["data"]["folder"], hp["max_length"], hp["dev_examples"], run["note"]     # all there?
-        trained_with = fingerprint(run)
-        data.TASKS[run["task"]]
-        space = [subnet(row) for row in run["space"]]
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{folder / 'run.json'} is not one of ours, or was edited: "
-                         f"{short(error.args[0])} is missing or wrong") from None
+    run, space = read_run(folder)
+    base = base or Path(run["base"]["folder"])
     if not os.path.isdir(base):
         raise FileNotFoundError(f"{folder / 'run.json'}: its base checkpoint {short(str(base))} is "
                                 f"not there; name its folder with --model")
-    state, origin = read_tensors(folder / "adapters.safetensors")
-    if not base_digest(base) == sha256 == origin.get("base"):
+    path = folder / "adapters.safetensors"
+    state, origin = read_tensors(path)
+    if not base_digest(base) == run["base"]["sha256"] == origin.get("base"):
         raise ValueError(f"{base} is not the checkpoint that {folder} was trained on: sha256 "
                          f"differs")
-    if origin.get("run") != trained_with:
-        raise ValueError(f"{folder / 'run.json'} was edited, or its adapters are another run's: "
-                         f"they do not belong together")
-    run["base"]["folder"], run["adapters"] = str(base), origin["sha256"]
     model = load_pretrained(base, run["num_labels"], dtype)
-    if random_start:
-        model.initialise(seed)
-    fill(model, folder / "adapters.safetensors", state)
+    if run["hyper_parameters"]["init"] == "random":
+        model.initialise(run["hyper_parameters"]["seed"])
+    with naming(path):
+        model.load_trained_state(state)
+    with naming(folder / "run.json"):
+        for phi in space:
+            model.subnet_config(phi)                 # is a part of the maxnet
+    run["base"]["folder"] = str(base)
+    run["adapters"] = origin["sha256"]
     return run, model.to(device), space
 
 
@@ -1189,8 +1215,6 @@ def parse_arguments(argv: Iterable[str] | None) -> argparse.Namespace:
     parser.add_argument("--plot", type=Path, metavar="FILE",
                         help="draw score against parameters and latency (or, of log.jsonl, the "
                              "training curves); needs matplotlib")
-    parser.add_argument("--baselines", type=Path, nargs="+", default=[], metavar="RUN",
-                        help="other run folders (or log.jsonl) to draw beside it")
     group = parser.add_argument_group("choosing: the best subnet within a budget; exit code 3 if "
                                       "none fits")
     group.add_argument("--max-params", type=float, metavar="N", help="parameters in all")
@@ -1242,8 +1266,6 @@ def parse_arguments(argv: Iterable[str] | None) -> argparse.Namespace:
             args.budget[key] = most
     if (args.pad_heads or args.onnx) and not args.export:
         raise ValueError("--pad-heads and --onnx go with --export SUBNET DIR")
-    if args.baselines and not args.plot:
-        raise ValueError("--baselines goes with --plot FILE")
     args.curves = args.run.suffix == ".jsonl"
     if args.curves and not args.plot:
         raise ValueError(f"{args.run}: what to do with it? --plot FILE draws its curves")
@@ -1265,18 +1287,16 @@ def parse_arguments(argv: Iterable[str] | None) -> argparse.Namespace:
         if args.plot.suffix not in (".png", ".svg", ".pdf") or not args.plot.parent.is_dir():
             raise ValueError(f"--plot {args.plot}: name a .png, .svg or .pdf file in a folder that "
                              f"exists")
-        need("--plot", "matplotlib", "matplotlib.figure")
+        require_package("--plot", "matplotlib", "matplotlib.figure")
     if args.onnx:
-        need("--onnx", "onnx onnxscript onnxruntime", "onnxscript", "onnxruntime")
+        require_package("--onnx", "onnx onnxscript onnxruntime", "onnxscript", "onnxruntime")
     return args
 
 
 def main(argv: Iterable[str] | None = None) -> int:
     args = parse_arguments(argv)
     if args.curves:
-        keys = {"stage": int, "step": int}
-        plot_curves(args.plot, {str(path): read_lines(path, keys)
-                                for path in (args.run, *args.baselines)})
+        plot_curves(args.plot, read_log(args.run))
         return 0
     problems = read_lines(args.humaneval, TASK_KEYS) if args.humaneval else []
     if args.humaneval and not problems:
@@ -1305,15 +1325,9 @@ def main(argv: Iterable[str] | None = None) -> int:
     shown = [row for row in rows if row["name"] in wanted]
     metric = data.TASKS[run["task"]].metrics[0]
     if args.plot:
-        others = {str(path): read_palette(path) for path in args.baselines}
-        for path, other in others.items():
-            if other["metric"] != metric:
-                raise ValueError(f"--baselines {path}: there is no palette of {metric} to draw "
-                                 f"beside this one")
         plot_palette(args.plot, shown, metric,
                      f"{run['task']}, {Path(run['base']['folder']).name}",
-                     rows[0].get("history", {}).get("sliced teacher"),
-                     {path: other["subnets"] for path, other in others.items()})
+                     rows[0].get("history", {}).get("sliced teacher"))
     if args.export:
         row = next(row for row in rows if row["name"] == args.export[0])
         phi = next(phi for phi in space if phi.name == args.export[0])
@@ -1348,13 +1362,8 @@ def measure(args: argparse.Namespace, run: dict, model: SuperTransformer,
                if "history" in row}
     rows = [row | timed | history.get(row["name"], {}) for row, timed in
             zip(palette(model, some, task, splits), latency(model, some, 1, length))]
-    base = sum(path.stat().st_size for path in checkpoint_files(run["base"]["folder"]))
-    adapters = (args.run / "adapters.safetensors").stat().st_size
-    print(f"{title(run['task'], metric, found)}\n\n{palette_table(rows, metric)}\n\n"
-          f"{conditions(now)}\nOne supernet stores all {len(space)}: the base checkpoint, "
-          f"{base / 1e6:.1f} MB, and {adapters / 1e6:.1f} MB for this task. Of their own, the "
-          f"{len(rows)} above take {sum(row['size_mb'] for row in rows):.1f} MB in {args.dtype}.",
-          flush=True)
+    print(f"{title(run['task'], metric, found)}\n\n{table(rows, MEASURED_COLUMNS, metric)}\n\n"
+          f"{conditions(now)}", flush=True)
     if len(rows) == len(space):
         try:
             write_palette(args.run, run, task, rows, now)
@@ -1374,9 +1383,8 @@ def ship(args: argparse.Namespace, run: dict, small: SuperTransformer, rows: lis
         row |= describe(small, small.maxnet) | sizes
     card = model_card(run, [rows[0], row], task.metrics[0], form, args.dtype, where)
     small = small.to(getattr(torch, args.dtype)).cpu()
-    said = export(small, folder, Path(run["base"]["folder"]), task.labels, card, args.onnx)
-    print(f"Wrote {row['name']} to {folder}: {row['size_mb']:.1f} MB in {args.dtype}. "
-          + "\n".join(filter(None, (form, said))), flush=True)
+    export(small, folder, Path(run["base"]["folder"]), task.labels, card, args.onnx)
+    print(f"Wrote {row['name']} to {folder}: {row['size_mb']:.1f} MB in {args.dtype}. {form}")
 
 
 def print_predictions(args: argparse.Namespace, run: dict, model: SuperTransformer,

@@ -69,11 +69,9 @@ def stored(folder) -> list[dict]:
 
 
 def rewrite(folder, change) -> None:
-    """Changes palette.json as one who computes its checksum anew."""
+    """Changes palette.json."""
     content = json.loads((folder / "palette.json").read_text())
-    del content["sha256"]
     change(content)
-    content["sha256"] = evaluate.text_digest(content)
     (folder / "palette.json").write_text(json.dumps(content))
 
 
@@ -203,7 +201,7 @@ def test_scores_of_other_weights_are_measured_again(copy, what, capsys):
     rewrite(copy, lambda content: content["subnets"][-1].update(score=0.999))
     assert command(copy, "--export", "w0.5-d2", copy.parent / "out") == 0
     card = (copy.parent / "out" / "README.md").read_text()
-    assert f"{100 * true:.1f} ± " in card and "99.9" not in card
+    assert f"| {100 * true:.1f} (" in card and "99.9" not in card
 
 
 def test_other_data_than_the_runs_are_refused(copy, monkeypatch, capsys):
@@ -291,7 +289,7 @@ def test_an_exported_slice_is_a_checkpoint_with_tokenizer_labels_and_model_card(
     card = (folder / "README.md").read_text()
     assert "| w1-d4 " in card and f"{rows[0]['parameters'] / 1e6:.2f}M (100%)" in card
     assert f"{rows[-1]['parameters'] / 1e6:.2f}M" in card and "Layers kept, from 0: 0, 3" in card
-    assert f"{100 * rows[-1]['score']:.1f} ± " in card and run["base"]["sha256"] in card
+    assert f"| {100 * rows[-1]['score']:.1f} (" in card and run["base"]["sha256"] in card
 
 
 @pytest.mark.parametrize("dtype, width", [("bfloat16", 2), ("float16", 2), ("float32", 4)])
@@ -425,8 +423,7 @@ def test_onnx_gives_the_same_logits_for_any_batch_and_length(family, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     model = trained(family)
     small = model.extract(SubnetConfig(12, 2, 10, (0, 2)))
-    said = evaluate.export_onnx(small, tmp_path / "model.onnx")
-    assert "onnxruntime" in said and "PyTorch" in said
+    evaluate.export_onnx(small, tmp_path / "model.onnx")
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
     for size, length in ((1, 1), (4, 32), (2, 9)):
         ids = torch.randint(50, (size, length))
@@ -475,24 +472,12 @@ def test_a_missing_extra_is_one_clear_sentence(words, missing, advice, copy, cap
 # -------------------------------------------------------------------------------------- pictures
 
 
-def test_the_pareto_front_has_whatever_nothing_as_cheap_beats():
-    rows = [
-        row("a", 1, 0.5),
-        row("b", 2, 0.4),
-        row("c", 3, 0.9),
-        row("d", 3, 0.8),
-        row("e", 4, 0.9),
-    ]
-    assert [r["name"] for r in evaluate.pareto(rows, "parameters", "accuracy")] == ["a", "c"]
-    assert [r["name"] for r in evaluate.pareto(rows, "parameters", "loss")] == ["a", "b"]
-
-
-def test_the_pictures_show_every_subnet_of_every_run(copy, tmp_path):
+def test_the_picture_shows_every_subnet_and_the_teacher(copy, tmp_path):
     pytest.importorskip("matplotlib")
     svg = tmp_path / "palette.svg"
-    assert command(copy, "--plot", svg, "--baselines", copy) == 0
+    assert command(copy, "--plot", svg) == 0
     text = svg.read_text()
-    for word in ("w1-d4", "w0.5-d2", "Pareto front", "teacher", "latency, ms", str(copy)):
+    for word in ("w1-d4", "w0.5-d2", "MLFS", "reordered, not trained yet", "teacher", "latency, ms"):
         assert f"<!-- {word} -->" in text, word
     assert command(copy, "--plot", tmp_path / "p.png", "--subnets", "w1-d2,w0.5-d2") == 0
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
@@ -511,9 +496,9 @@ def test_the_curves_are_the_losses_of_the_log_averaged_within_a_stage(tmp_path):
         plot = Axes.plot
         patch.setattr(Axes, "plot", lambda *a, **k: drawn.append((a[1:], k)) or plot(*a, **k))
         assert command(tmp_path / "log.jsonl", "--plot", tmp_path / "c.png") == 0
-    (x, y, _), _ = drawn[0]
+    (x, y), _ = drawn[0]
     assert list(y) == [i + 1.5 for i in range(8)] and list(x) == [25 + 10 * i for i in range(8)]
-    (x, y, _), _ = drawn[2]
+    (x, y), _ = drawn[2]
     assert (list(x), list(y)) == ([110 + 30], [5])
     assert [k["label"] for _, k in drawn if "label" in k] == ["a", "b"]
 
@@ -602,19 +587,19 @@ def flip(folder):
     "spoil, words",
     [
         (flip, "adapters.safetensors is damaged"),
-        (edit("run.json", '"intermediate_size": 192', '"intermediate_size": 96'), "was edited"),
-        (edit("run.json", '"seed": 0', '"seed": 1'), "was edited"),
-        (edit("run.json", '"task": "toy"', '"task": "sst2"'), "was edited"),
-        (edit("run.json", '"num_labels": 2', '"num_labels": 3'), "was edited"),
-        (edit("run.json", '"note": ""', '"note": "x"'), "was edited"),
-        (edit("run.json", '"dev": 100', '"dev": 10'), "was edited"),
-        (edit("run.json", '"dtype": "float32"', '"dtypo": "float32"'), "was edited"),
-        (edit("palette.json", '"score": 0.', '"score": 0.9'), "palette.json was damaged or edited"),
+        (edit("run.json", '"intermediate_size": 192', '"intermediate_size": 1920'), "no part of"),
+        (edit("run.json", '"heads": 4', '"heads": "4"'), "was edited: there is no 'heads'"),
+        (edit("run.json", '"seed": 0', '"seed": []'), "was edited: there is no 'seed'"),
+        (edit("run.json", '"task": "toy"', '"task": "toys"'), "was edited: there is no 'toys'"),
+        (edit("run.json", '"num_labels": 2', '"num_labels": 3'), "do not fit this base model"),
+        (edit("run.json", '"sha256": "', '"sha256": "0'), "is not the checkpoint that"),
+        (edit("palette.json", '"score": 0.', '"score": 9, "old": 0.'), "palette.json was damaged"),
+        (edit("palette.json", '"stage 2": 0.', '"stage 2": "a", "b": 0.'), "damaged or edited"),
         (edit("palette.json", '"subnets": [', '"subnets": [3, '), "damaged or edited; delete it"),
         (edit("palette.json", "{", ""), "palette.json is not valid JSON"),
     ],
 )
-def test_a_spoiled_or_edited_run_folder_is_refused(copy, spoil, words, capsys):
+def test_a_spoiled_run_folder_is_refused(copy, spoil, words, capsys):
     spoil(copy)
     assert command(copy, "--max-params", 1e9) == 2
     message = capsys.readouterr().err
@@ -643,7 +628,6 @@ def test_any_change_of_the_base_checkpoint_is_noticed(copy, name, capsys):
         (["--max-params", "-3"], "--max-params must be above 0, not -3"),
         (["--max-latency-ms", "nan"], "--max-latency-ms must be above 0"),
         (["--onnx"], "go with --export"),
-        (["--baselines", "x"], "goes with --plot"),
         (["--predict", "x", "--max-params", "3"], "do one at a time"),
         (["--export", "w1-d4", "out", "--max-params", "3"], "do one at a time"),
         (["--predict", "\udcff", "--subnet", "w1-d4"], "TEXT is not valid UTF-8"),
@@ -671,23 +655,17 @@ def test_bad_options_are_one_sentence_and_exit_code_2(run, words, message, capsy
 )
 def test_a_log_that_cannot_be_drawn(line, options, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(evaluate, "need", lambda *_: None)
+    monkeypatch.setattr(evaluate, "require_package", lambda *_: None)
     (tmp_path / "log.jsonl").write_text(json.dumps({"stage": 0, "step": 0} | line) + "\n")
     assert command("log.jsonl", *options) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and message in error
 
 
-def test_a_baseline_without_a_palette_of_the_same_metric_is_refused(copy, tmp_path, capsys):
-    pytest.importorskip("matplotlib")
-    assert command(copy, "--plot", tmp_path / "p.png", "--baselines", tmp_path) == 2
-    assert "there is no palette of accuracy" in capsys.readouterr().err
-
-
 def test_shares_are_those_of_the_first_row_where_they_mean_anything():
     rows = [row("a", 4, 0.0), row("b", 1, 0.5)]
-    shares = lambda rows, metric: evaluate.cell(rows[1], "quality", rows[0], metric)
-    assert shares(rows, "matthews") == "50.0 ± 1.0"
-    assert shares(rows[::-1], "matthews") == "0.0 ± 1.0 (0%)"
-    assert shares(rows[::-1], "loss") == "0.000 ± 0.010"
-    assert evaluate.cell(rows[1], "parameters", rows[0], "loss") == "0.00M (25%)"
+    columns = {"name": "subnet", "score": "score", "parameters": "size"}
+    second = lambda rows, metric: evaluate.table(rows, columns, metric).splitlines()[-1]
+    assert second(rows, "matthews").split("|")[2:-1] == [" 50.0  ", " 0.00M (25%)  "]
+    assert second(rows[::-1], "matthews").split("|")[2:-1] == [" 0.0 (0%)    ", " 0.00M (400%) "]
+    assert second(rows[::-1], "loss").split("|")[2:-1] == [" 0.000 ", " 0.00M (400%) "]

@@ -126,8 +126,9 @@ def read_palette(folder: Path) -> object:
     rows, metric = palette["subnets"], palette["metric"]
     if rows:
         evaluate.choose(rows, {"parameters": 1e9}, metric)
-        tables = evaluate.final_table(rows, metric) + evaluate.palette_table(rows, metric)
-        return tables, evaluate.conditions(palette["measured"])
+        measured = evaluate.table(rows, evaluate.MEASURED_COLUMNS, metric)
+        conditions = evaluate.conditions(palette["measured"])
+        return evaluate.final_table(rows, metric) + measured, conditions
     return palette
 
 
