@@ -7,17 +7,23 @@
     python evaluate.py runs/python-santacoder --humaneval HumanEval.jsonl.gz --allow-code-execution
 """
 import argparse
+import ctypes
+import glob
 import gzip
 import hashlib
 import importlib
+import inspect
 import itertools
 import json
 import logging
 import math
 import os
+import pickle
 import platform
 import re
 import shutil
+import signal
+import struct
 import subprocess
 import sys
 import tempfile
@@ -25,7 +31,7 @@ import time
 import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Callable, Iterable
 
@@ -561,21 +567,25 @@ Layers kept, from 0: {', '.join(map(str, row['layers']))}. Weights in {dtype}. {
 @torch.inference_mode()
 def answer(model: SuperTransformer, phi: SubnetConfig, tokenizer: Tokenizer, task: data.Task,
            text: str, max_length: int) -> str:
-    """The label of a sentence (a pair: separated by a tab) and each class's probability, or a
-    score; ValueError unless there are as many sentences as the task takes."""
-    sentences, wanted = tuple(part.strip() for part in text.split("\t")), len(task.sentences) or 1
+    """The label of a sentence and each class's probability, or a score; a pair has a tab between.
+
+    ValueError unless there are as many sentences as the task takes.
+    """
+    sentences = tuple(part.strip() for part in text.split("\t"))
+    wanted = len(task.sentences) or 1
     if len(sentences) != wanted:
         raise ValueError(f"{text[:80]!r} has {len(sentences)} parts separated by tabs; the task "
                          f"takes {wanted}")
     rows = data.Rows([sentences], np.zeros(1, dtype=np.int64))
+    examples = data.encode(tokenizer, rows, max_length)
     device = next(model.parameters()).device
-    (x, _), = data.batches(data.encode(tokenizer, rows, max_length), 1, device=device)
+    (x, _), = data.batches(examples, 1, device=device)
     z = model(**x, phi=phi, features=())[0][0]                               # (C,)
     if not task.labels:
         return f"{z.item():.3f}"
-    p = z.softmax(-1).tolist()
-    return "\t".join([task.labels[int(z.argmax())],
-                      *(f"{label} {share:.3f}" for label, share in zip(task.labels, p))])
+    shares = z.softmax(-1).tolist()
+    classes = [f"{label} {share:.3f}" for label, share in zip(task.labels, shares, strict=True)]
+    return "\t".join([task.labels[int(z.argmax())], *classes])
 
 
 # ------------------------------------------------------------------------------- generating text
@@ -587,51 +597,90 @@ def generate(model: SuperTransformer, tokenizer: Tokenizer, prompts: list[str],
              phi: SubnetConfig | None = None) -> list[str]:
     """A continuation of each prompt, up to the end of text or the first of the `stop` strings.
 
-    Temperature 0 takes the likeliest token; else one is drawn among the likeliest that hold top_p
-    of the probability, each row with a seed of its own: neighbours in the batch do not change it,
-    unless the longest meets the model's last position. ValueError if it leaves no room for a token.
+    Temperature 0 takes the likeliest token; otherwise one is drawn among the likeliest that hold
+    top_p of the probability. Each row draws with a seed of its own: neighbours in the batch do not
+    change it, unless the longest meets the model's last position. ValueError if a prompt leaves no
+    room for a token.
     """
-    device, end = next(model.parameters()).device, data.end_of_text(tokenizer)
+    device = next(model.parameters()).device
+    end = data.end_of_text(tokenizer)
     tokenizer.no_padding()
     tokenizer.no_truncation()
     encoded = [tokenizer.encode(prompt).ids or [end] for prompt in prompts]
-    P, room = max(map(len, encoded)), model.config["max_position_embeddings"]
-    if P >= room:
-        raise ValueError(f"a prompt of {P} tokens leaves no room in the model's {room} positions")
-    ids = torch.tensor([[end] * (P - len(x)) + x for x in encoded], device=device)       # (B, P)
-    total = min(P + max_new_tokens, room)
-    mask = torch.ones(len(ids), total, dtype=torch.long, device=device)      # padded on the left
-    for row, x in enumerate(encoded):
-        mask[row, :P - len(x)] = 0
-    padded, cache, phi = not mask.all(), Cache(total), phi or model.maxnet
-    draws = [torch.Generator().manual_seed(seed) for seed in seeds or range(len(ids))]
+    longest = max(map(len, encoded))
+    room = model.config["max_position_embeddings"]
+    if longest >= room:
+        raise ValueError(f"a prompt of {longest} tokens leaves no room in the model's {room} "
+                         f"positions")
+    total = min(longest + max_new_tokens, room)
+    ids, mask = left_padded(encoded, total, end)
+    ids, mask = ids.to(device), mask.to(device)
+    cache = Cache(total)
+    draws = [torch.Generator().manual_seed(seed) for seed in seeds or range(len(prompts))]
     new: list[list[int]] = [[] for _ in prompts]
-    running, longest = set(range(len(prompts))), max(map(len, stop), default=0)
-    for S in range(P, total):
-        s, _ = model.encode(ids, mask[:, :S] if padded else None, phi, cache)
-        z = model.logits(s[:, -1])                                           # (B, V)
-        greedy = temperature == 0
-        ids = z.argmax(-1, keepdim=True) if greedy else sample(z / temperature, top_p, draws)
+    running = set(range(len(prompts)))
+    for length in range(longest, total):
+        seen = None if mask.all() else mask[:, :length]              # no mask is faster
+        states, _ = model.encode(ids, seen, phi or model.maxnet, cache)
+        ids = next_tokens(model.logits(states[:, -1]), temperature, top_p, draws)    # (B, 1)
         for row, token in enumerate(ids[:, 0].tolist()):
             if row in running:
                 new[row].append(token)
-                tail = tokenizer.decode(new[row][-longest:]) if longest else ""  # a token a letter
-                if token == end or any(word in tail for word in stop):
+                if token == end or has_stopped(tokenizer, new[row], stop):
                     running.discard(row)
         if not running:
             break
-    texts = []
-    for before, after in zip(encoded, new):  # alone, the new part may lose its first space
-        text = tokenizer.decode(before + after)[len(tokenizer.decode(before)):]
-        texts.append(text[:min((i for word in stop if (i := text.find(word)) >= 0), default=None)])
-    return texts
+    return [continuation(tokenizer, before, after, stop)
+            for before, after in zip(encoded, new, strict=True)]
+
+
+def left_padded(encoded: list[list[int]], total: int, padding: int) -> tuple[torch.Tensor, ...]:
+    """Ids (B, T) that all end at the longest prompt's last token, and a mask (B, total)."""
+    longest = max(map(len, encoded))
+    ids = torch.full((len(encoded), longest), padding)
+    mask = torch.ones(len(encoded), total, dtype=torch.long)
+    for row, tokens in enumerate(encoded):
+        padded = longest - len(tokens)
+        ids[row, padded:] = torch.tensor(tokens)
+        mask[row, :padded] = 0
+    return ids, mask
+
+
+def has_stopped(tokenizer: Tokenizer, new: list[int], stop: tuple[str, ...]) -> bool:
+    """Whether a stop string has just been completed."""
+    if not stop:
+        return False
+    tail = tokenizer.decode(new[-max(map(len, stop)):])              # a token is a letter at least
+    return any(word in tail for word in stop)
+
+
+def continuation(tokenizer: Tokenizer, before: list[int], after: list[int],
+                 stop: tuple[str, ...]) -> str:
+    """The text of the tokens after a prompt, cut before the first stop string."""
+    prompt = tokenizer.decode(before)
+    text = tokenizer.decode(before + after)[len(prompt):]    # alone it may lose its first space
+    end = len(text)
+    for word in stop:
+        found = text.find(word)
+        if found >= 0:
+            end = min(end, found)
+    return text[:end]
+
+
+def next_tokens(z: torch.Tensor, temperature: float, top_p: float,
+                draws: list[torch.Generator]) -> torch.Tensor:
+    """A token (B, 1) for each row of the logits z (B, V): the likeliest, or a drawn one."""
+    if temperature == 0:
+        return z.argmax(-1, keepdim=True)
+    return sample(z / temperature, top_p, draws)
 
 
 def sample(z: torch.Tensor, top_p: float, draws: list[torch.Generator]) -> torch.Tensor:
     """A token (B, 1) per row of logits z (B, V), among the likeliest whose probability is top_p."""
     p, order = z.softmax(-1).cpu().sort(descending=True)
-    p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0.0)                # the likeliest always stays
-    places = [torch.multinomial(row, 1, generator=draw) for row, draw in zip(p, draws)]
+    before = p.cumsum(-1) - p                        # 0 for the likeliest, which always stays
+    p = p.masked_fill(before >= top_p, 0.0)
+    places = [torch.multinomial(row, 1, generator=draw) for row, draw in zip(p, draws, strict=True)]
     return order.gather(-1, torch.stack(places)).to(z.device)
 
 
@@ -668,6 +717,22 @@ def read_lines(path: Path, keys: dict[str, type]) -> list[dict]:
     return rows
 
 
+def judged_before(path: Path, made: dict) -> list[dict]:
+    """The completions in a file; ValueError if they were made with other settings than these."""
+    if not path.exists():
+        return []
+    text = path.read_bytes()
+    with replacing(path) as beside:                  # without a last line that a crash cut short
+        beside.write_bytes(text[:text.rfind(b"\n") + 1])
+    rows = read_lines(path, {"task_id": str, "sample": int, "passed": bool, "made": dict})
+    for row in rows:
+        for key, value in made.items():
+            if row["made"].get(key) != value:
+                raise ValueError(f"{path} holds completions made with another {key}; move it away "
+                                 f"first")
+    return rows
+
+
 def humaneval(model: SuperTransformer, tokenizer: Tokenizer, problems: list[dict], path: Path,
               origin: dict, samples: int = 1, batch_size: int = 16, **settings) -> dict[str, float]:
     """pass@k of `model` for k in 1, 10, 100 up to `samples`, and pass@1's standard error.
@@ -676,28 +741,23 @@ def humaneval(model: SuperTransformer, tokenizer: Tokenizer, problems: list[dict
     origin; those that are there already are not made again, and ValueError is raised if they are of
     another origin or other settings. RUNS GENERATED CODE: see `check_correctness`.
     """
-    rows, made = [], origin | settings
-    if path.exists():
-        text = path.read_bytes()
-        with replacing(path) as beside:              # without a last line that a crash cut short
-            beside.write_bytes(text[:text.rfind(b"\n") + 1])
-        rows = read_lines(path, {"task_id": str, "sample": int, "passed": bool, "made": dict})
-    if odd := [key for row in rows for key in made if row["made"].get(key) != made[key]]:
-        raise ValueError(f"{path} holds completions made with another {odd[0]}; move it away first")
+    made = origin | settings
+    rows = judged_before(path, made)
     done = {(row["task_id"], row["sample"]) for row in rows}
-    todo = [(i, n) for n in range(samples) for i, problem in enumerate(problems)
-            if (problem["task_id"], n) not in done]
-    todo.sort(key=lambda pair: len(problems[pair[0]]["prompt"]))             # less padding
+    todo = [(sample, i) for sample in range(samples) for i, problem in enumerate(problems)
+            if (problem["task_id"], sample) not in done]
+    todo.sort(key=lambda pair: len(problems[pair[1]]["prompt"]))             # less padding
     with open(path, "a", encoding="utf-8") as file, ThreadPoolExecutor(os.cpu_count()) as pool:
         for start in tqdm(range(0, len(todo), batch_size), unit=" batches", disable=None):
             batch = todo[start:start + batch_size]
-            prompts = [problems[i]["prompt"].rstrip() for i, _ in batch]     # "\n    " is one token
-            texts = generate(model, tokenizer, prompts, stop=STOP,
-                             seeds=[n * len(problems) + i for i, n in batch], **settings)
-            verdicts = pool.map(check_correctness, [problems[i] for i, _ in batch], texts)
-            for (i, n), text, verdict in zip(batch, texts, verdicts):
-                rows.append({"task_id": problems[i]["task_id"], "sample": n, "completion": text,
-                             "made": made} | verdict)
+            asked = [problems[i] for _, i in batch]
+            prompts = [problem["prompt"].rstrip() for problem in asked]      # "\n    " is one token
+            seeds = [sample * len(problems) + i for sample, i in batch]
+            texts = generate(model, tokenizer, prompts, stop=STOP, seeds=seeds, **settings)
+            verdicts = pool.map(check_correctness, asked, texts)
+            for (sample, i), text, verdict in zip(batch, texts, verdicts, strict=True):
+                row = {"task_id": problems[i]["task_id"], "sample": sample, "completion": text}
+                rows.append(row | {"made": made} | verdict)
                 file.write(json.dumps(rows[-1]) + "\n")
             file.flush()
     return pass_at_k(rows, [problem["task_id"] for problem in problems], samples)
@@ -709,28 +769,54 @@ def pass_at_k(rows: list[dict], tasks: list[str], samples: int) -> dict[str, flo
     for row in rows:
         if row["sample"] < samples and row["task_id"] in passed:
             passed[row["task_id"]] += row["passed"]
-    means = {f"pass@{k}": [estimate_pass_at_k(samples, c, k) for c in passed.values()]
-             for k in (1, 10, 100) if k <= samples}
-    error = float(np.std(means["pass@1"]) / np.sqrt(len(tasks)))
-    return {name: float(np.mean(values)) for name, values in means.items()} | {"stderr": error}
+    found = {}
+    for k in (1, 10, 100):
+        if k <= samples:
+            chances = [estimate_pass_at_k(samples, count, k) for count in passed.values()]
+            found[f"pass@{k}"] = float(np.mean(chances))
+    ones = [count / samples for count in passed.values()]            # pass@1 of each problem
+    return found | {"stderr": float(np.std(ones) / np.sqrt(len(tasks)))}
 
 
-# Limits of every process that a completion starts: bytes of memory and of a file, and counts.
-LIMITS = {"AS": 2**30, "FSIZE": 2**24, "NPROC": 8, "NOFILE": 64, "CORE": 0}
+# ------------------------------------------------------------------------------------ the judge
+#
+# A child interpreter runs the functions below, not this file: it must not import torch, nor hold
+# anything of ours. It forks. The *worker* runs the completion; the *judge* runs the asserts, on
+# values that it has the worker compute. So no secret is needed: the pipe for the verdict is open in
+# the judge alone, and nothing but plain data gets into the judge.
 
-# What the child interpreter runs. It becomes two processes: the *worker* runs the completion, and
-# the *judge* the asserts, on values that it has the worker compute. No secret is needed: the pipe
-# for the verdict is open in the judge alone, and nothing but plain data gets into the judge.
-RUNNER = '''
-import ctypes, glob, json, os, pickle, resource, signal, struct, sys, time
-from contextlib import suppress
+LIMITS = {                                           # of every process that a completion starts
+    "AS": 2 ** 30,                                   # bytes of memory
+    "FSIZE": 2 ** 24,                                # bytes of a file
+    "NPROC": 8,
+    "NOFILE": 64,
+    "CORE": 0,
+}
+LINUX = {                                            # numbers of the system's own header files
+    "PR_SET_PDEATHSIG": 1,
+    "PR_SET_DUMPABLE": 4,
+    "PR_SET_CHILD_SUBREAPER": 36,
+    "PR_SET_NO_NEW_PRIVS": 38,
+    "CLONE_NEWIPC": 0x08000000,
+    "CLONE_NEWUSER": 0x10000000,
+    "CLONE_NEWPID": 0x20000000,
+    "CLONE_NEWNET": 0x40000000,
+    "LANDLOCK_CREATE_RULESET": 444,
+    "LANDLOCK_ADD_RULE": 445,
+    "LANDLOCK_RESTRICT_SELF": 446,
+    "LANDLOCK_WRITE_V1": 0x1FF2,                     # all rights to change files, none to read
+    "LANDLOCK_WRITE_V2": 0x3FF2,                     # and to move them between folders
+    "LANDLOCK_WRITE_V3": 0x7FF2,                     # and to truncate them
+}
+
 
 class PlainUnpickler(pickle.Unpickler):
-    """Load numbers, strings and containers of them; anything else is an error."""
+    """Loads numbers, strings and containers of them; anything else is an error."""
     find_class = None
 
+
 def plain(value):
-    """Return containers of derived kinds, such as Counter, as the kind they are derived from."""
+    """Containers of derived kinds, such as Counter, as the kind they are derived from."""
     if isinstance(value, dict):
         return dict(plain(list(value.items())))
     for kind in (list, tuple, set, frozenset):
@@ -738,11 +824,13 @@ def plain(value):
             return kind(map(plain, value))
     return value
 
-def work(calls, replies):
-    """Run the completed program, then call its function as often as the judge asks."""
+
+def serve_calls(calls, replies):
+    """The worker: runs the completed program, then calls its function as often as it is asked."""
     try:
         program, name = pickle.load(calls)
-        namespace, value = {}, None
+        namespace = {}
+        value = None
         exec(program, namespace)
         while True:
             pickle.dump((True, plain(value)), replies)
@@ -751,8 +839,9 @@ def work(calls, replies):
     except BaseException as error:
         pickle.dump((False, type(error).__name__), replies)
 
-def judge(calls, replies):
-    """Run the asserts on a function that is called in the worker, and return the verdict."""
+
+def run_asserts(calls, replies):
+    """The judge: runs the asserts on a function that is called in the worker."""
     def ask(message):
         pickle.dump(message, calls)
         returned, value = PlainUnpickler(replies).load()
@@ -762,101 +851,143 @@ def judge(calls, replies):
 
     try:
         problem, completion = json.load(sys.stdin)
-        prompt, name = problem["prompt"], problem["entry_point"]
-        ask((prompt + completion + "\\n", name))
+        prompt = problem["prompt"]
+        name = problem["entry_point"]
+        ask((prompt + completion + "\n", name))
         namespace = {}
-        exec(prompt + "\\n    pass\\n", namespace)  # asserts may use another function of the prompt
+        exec(prompt + "\n    pass\n", namespace)  # asserts may use another function of the prompt
         namespace[name] = lambda *args, **kwargs: ask((args, kwargs))
-        exec(problem["test"] + f"\\ncheck({name})", namespace)
+        exec(problem["test"] + f"\ncheck({name})", namespace)
         return "passed"
     except BaseException as error:
         return f"failed: {type(error).__name__}"  # EOFError if the worker ended by itself
 
-def finish(result):
-    """Kill all descendants (an orphan becomes a child of this process), then report and exit."""
+
+def kill_all(worker):
+    """Kills the worker and all its descendants: an orphan becomes a child of this process."""
     signal.setitimer(signal.ITIMER_REAL, 0)
     os.kill(worker, signal.SIGKILL)
     with suppress(OSError):
         os.killpg(worker, signal.SIGKILL)
     os.waitpid(worker, 0)
+    mine = b"\nPPid:\t%d\n" % os.getpid()
     with suppress(ChildProcessError):
         while os.waitpid(-1, os.WNOHANG):
             for path in glob.glob("/proc/[0-9]*/status"):
                 with suppress(OSError), open(path, "rb") as file:
-                    if b"\\nPPid:\\t%d\\n" % os.getpid() in file.read():
+                    if mine in file.read():
                         os.kill(int(path.split("/")[2]), signal.SIGKILL)
             time.sleep(0.001)
-    os.write(verdict, result.encode(errors="replace"))
-    os._exit(0)
 
-def restrict():
-    """Let the worker give up, for good, what a program does not need."""
+
+def give_up_rights(libc, user):
+    """The worker gives up, for good, what a program does not need."""
     os.setsid()
     if user:
         os.setgroups([])
         os.setgid(user)
         os.setuid(user)
-    if linux:
-        libc.prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG: die with the judge
-        libc.prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS: no sudo
-        # Landlock: write to no file outside of this folder and, from version 6 on, use no TCP and
-        # signal no other process. Where the kernel does not have it, these calls do nothing.
-        version = libc.syscall(444, None, 0, 1)
-        rights = struct.pack("QQQ", {1: 0x1FF2, 2: 0x3FF2}.get(version, 0x7FF2), 3, 3)
-        rules = libc.syscall(444, rights, 24 if version >= 6 else 8, 0)
-        folder = struct.pack("i", os.open(".", os.O_RDONLY))
-        libc.syscall(445, rules, 1, rights[:8] + folder, 0)
-        libc.syscall(446, rules, 0)
+    if sys.platform != "linux":
+        return
+    libc.prctl(LINUX["PR_SET_PDEATHSIG"], signal.SIGKILL, 0, 0, 0)  # die with the judge
+    libc.prctl(LINUX["PR_SET_NO_NEW_PRIVS"], 1, 0, 0, 0)  # no sudo
+    # Landlock: write to no file outside of this folder and, from version 6 on, use no TCP and
+    # signal no other process. Where the kernel does not have it, these calls do nothing.
+    version = libc.syscall(LINUX["LANDLOCK_CREATE_RULESET"], None, 0, 1)
+    write = LINUX[f"LANDLOCK_WRITE_V{min(max(version, 1), 3)}"]
+    rights = struct.pack("QQQ", write, 3, 3)
+    size = 24 if version >= 6 else 8
+    rules = libc.syscall(LINUX["LANDLOCK_CREATE_RULESET"], rights, size, 0)
+    folder = struct.pack("Qi", write, os.open(".", os.O_RDONLY))
+    libc.syscall(LINUX["LANDLOCK_ADD_RULE"], rules, 1, folder, 0)
+    libc.syscall(LINUX["LANDLOCK_RESTRICT_SELF"], rules, 0)
 
-timeout, limits, user = json.loads(sys.argv[1])
-linux, libc = sys.platform == "linux", ctypes.CDLL(None)
-if user:  # the library may lie below /root, out of that user's reach but for an open descriptor
+
+def open_library():
+    """Python's library may lie below /root. A descriptor keeps it in reach of another user."""
     library = os.path.dirname(os.__file__)
     opened = f"/proc/self/fd/{os.open(library, os.O_RDONLY)}"
-    for paths in [sys.path, *(m.__path__ for m in sys.modules.values() if hasattr(m, "__path__"))]:
+    packages = [module.__path__ for module in sys.modules.values() if hasattr(module, "__path__")]
+    for paths in [sys.path, *packages]:
         paths[:] = [path.replace(library, opened) for path in paths]
-if linux:
-    libc.prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER: become the parent of all orphans
-    libc.prctl(4, 0, 0, 0, 0)  # PR_SET_DUMPABLE: not to be traced, nor read through /proc
-    # CLONE_NEWPID | CLONE_NEWNET | CLONE_NEWIPC, which root may and others by CLONE_NEWUSER, or not
-    libc.unshare(0x68000000 if user else 0x78000000)
-verdict, calls, replies = os.dup(1), os.pipe(), os.pipe()
-os.dup2(2, 1)  # standard error is /dev/null
-worker = os.fork()
-for name, limit in limits.items():
-    with suppress(OSError, ValueError):  # macOS does not limit memory
-        resource.setrlimit(getattr(resource, "RLIMIT_" + name), (limit, limit))
-if worker == 0:
-    os.dup2(2, 0)
-    for pipe in (verdict, calls[1], replies[0]):
-        os.close(pipe)
-    restrict()
-    work(open(calls[0], "rb"), open(replies[1], "wb", buffering=0))
-    os._exit(0)
-os.close(calls[0])
-os.close(replies[1])
-signal.signal(signal.SIGALRM, lambda *_: finish("timed out"))
-signal.setitimer(signal.ITIMER_REAL, timeout)
-finish(judge(open(calls[1], "wb", buffering=0), open(replies[0], "rb")))
-'''
+
+
+def isolate(libc, user):
+    """What judge and worker share: no network, orphans come to the judge, no view into it."""
+    if sys.platform != "linux":
+        return
+    libc.prctl(LINUX["PR_SET_CHILD_SUBREAPER"], 1, 0, 0, 0)
+    libc.prctl(LINUX["PR_SET_DUMPABLE"], 0, 0, 0, 0)  # not to be traced, nor read through /proc
+    spaces = LINUX["CLONE_NEWPID"] | LINUX["CLONE_NEWNET"] | LINUX["CLONE_NEWIPC"]
+    if not user:
+        spaces |= LINUX["CLONE_NEWUSER"]  # root needs it not; others may have it, or not
+    libc.unshare(spaces)
+
+
+def child(timeout, limits, user):
+    """The child interpreter's program: one verdict on standard output."""
+    import resource  # Windows has none
+
+    libc = ctypes.CDLL(None)
+    if user:
+        open_library()
+    isolate(libc, user)
+    verdict = os.dup(1)
+    os.dup2(2, 1)  # standard error is /dev/null
+    calls = os.pipe()
+    replies = os.pipe()
+    worker = os.fork()
+    for name, limit in limits.items():
+        with suppress(OSError, ValueError):  # macOS does not limit memory
+            resource.setrlimit(getattr(resource, "RLIMIT_" + name), (limit, limit))
+    if worker == 0:
+        os.dup2(2, 0)
+        for pipe in (verdict, calls[1], replies[0]):
+            os.close(pipe)
+        give_up_rights(libc, user)
+        serve_calls(open(calls[0], "rb"), open(replies[1], "wb", buffering=0))
+        os._exit(0)
+    os.close(calls[0])
+    os.close(replies[1])
+
+    def finish(result):
+        kill_all(worker)
+        os.write(verdict, result.encode(errors="replace"))
+        os._exit(0)
+
+    signal.signal(signal.SIGALRM, lambda *_: finish("timed out"))
+    signal.setitimer(signal.ITIMER_REAL, timeout)
+    finish(run_asserts(open(calls[1], "wb", buffering=0), open(replies[0], "rb")))
+
+
+RUNNER = "\n\n".join((                               # the child's whole source
+    "import ctypes, glob, json, os, pickle, signal, struct, sys, time",
+    "from contextlib import suppress",
+    f"LINUX = {LINUX}",
+    *map(inspect.getsource, (PlainUnpickler, plain, serve_calls, run_asserts, kill_all,
+                             give_up_rights, open_library, isolate, child)),
+    "child(*json.loads(sys.argv[1]))",
+))
 
 
 def check_correctness(problem: dict, completion: str, timeout: float = 10.0) -> dict:
-    """Return whether the completion passes the problem's asserts, and in a word what happened.
+    """Whether the completion passes the problem's asserts, and in a word what happened.
 
     It runs in an empty folder, under limits, and all that it started is killed in the end. Under
-    root it has a user of its own; where Linux permits, it has no network and writes nowhere else.
-    Its exits, output and tricks prove nothing, as the asserts run in another process, which it can
-    only send what its function returns: numbers, strings and containers of them. (That process does
-    not see arguments changed in place.) But this is no virtual machine: a program can read what its
-    user can and fill the disk, and without root, namespaces and Landlock harm all its user owns.
+    root it has a user of its own. Where Linux permits, it has no network and writes nowhere else.
+    Its exits, output and tricks prove nothing: the asserts run in another process. The completion
+    can only send that what its function returns: numbers, strings and containers of them.
+    (Arguments that it changes in place are not seen there.)
+
+    But this is no virtual machine. A program can read what its user can, and fill the disk. Without
+    root, namespaces and Landlock it can harm all that its user owns.
     """
     folder = tempfile.mkdtemp()
     user = 0
     if os.getuid() == 0:  # one of the numbers that systemd keeps for users of the moment
         user = 61184 + os.stat(folder).st_ino % 4336
         os.chown(folder, user, user)
-    settings = json.dumps([timeout, {**LIMITS, "CPU": int(timeout) + 2}, user])
+    settings = json.dumps([timeout, LIMITS | {"CPU": int(timeout) + 2}, user])
     try:
         output = subprocess.run(
             [sys.executable, "-I", "-S", "-c", RUNNER, settings],

@@ -16,6 +16,11 @@ import conftest  # noqa: F401, makes the modules importable
 import evaluate
 from evaluate import check_correctness
 
+# Of evaluate.py's imports those that its judge needs.
+IMPORTS = """import ctypes, glob, inspect, json, os, pickle, signal, struct, subprocess, sys, tempfile
+import time
+from contextlib import suppress
+"""
 SYSTEM_PYTHON = pathlib.Path("/usr/bin/python3")  # readable by every user
 PROBLEM = {
     "task_id": "Test/0",
@@ -273,6 +278,7 @@ assert started < 10
         ("s = '\ud800'", "failed: UnicodeEncodeError"),
         ("\u00fc = '\u4e2d'", "passed"),
         ("raise type('passed\\n' * 99, (Exception,), {})", "failed: passed passed"),
+        ("assert not {'torch', 'numpy', 'evaluate', 'data'} & sys.modules.keys()", "passed"),
         ("import typing, hashlib, string, heapq, random, datetime, encodings.cp1252", "passed"),
     ],
 )
@@ -413,9 +419,11 @@ if x == 2 and os.fork() == 0:
     script = f"""
 import sys, os, json, tempfile
 source, problem, cases = json.load(sys.stdin)
-namespace = {{"__name__": "judge"}}
-exec(source, namespace)
 folder = tempfile.mkdtemp()
+os.mkdir(folder + "/source")
+open(folder + "/source/judge.py", "w").write(source)
+sys.path.insert(0, folder + "/source")
+import judge  # a file: the judge reads the source of its own functions
 tempfile.tempdir = folder
 os.mkdir(folder + "/t")
 sentinel = tempfile.mkdtemp() + "/sentinel"
@@ -425,17 +433,16 @@ results = {{}}
 for name, (completion, timeout) in cases.items():
     completion = completion.replace("SENTINEL", repr(sentinel)).replace("FOLDER", repr(folder))
     completion = completion.replace("PARENT", str(os.getpid()))
-    results[name] = namespace["check_correctness"](problem, completion, timeout)["result"]
+    results[name] = judge.check_correctness(problem, completion, timeout)["result"]
 results["left"] = os.listdir(tempfile.tempdir)
 results["kept"] = os.path.exists(sentinel) and open(sentinel).read() == "here"
 __import__("shutil").rmtree(folder)
 print(json.dumps(results))
 """
     source = pathlib.Path(evaluate.__file__).read_text()
-    start, end = source.index("LIMITS = {"), source.index(
-        "# ----", source.index("def check_correctness")
-    )
-    source = "import json, os, subprocess, sys, tempfile\n" + source[start:end]
+    start = source.index("LIMITS = {")
+    end = source.index("# ----", source.index("def check_correctness"))
+    source = IMPORTS + source[start:end]
     if variant in ("no namespaces", "limits only"):
         source = without(source, "libc.unshare")
     if variant in ("no Landlock", "limits only"):
