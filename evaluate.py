@@ -1,12 +1,22 @@
-"""What a run of MLFS is worth: metrics, the palette; choosing, shipping, using a subnet; HumanEval.
+"""Measures a run of MLFS: score, size and latency of every subnet. Chooses one, ships it, uses it.
 
-    python evaluate.py runs/toy                      # score, size and latency of every subnet, here
-    python evaluate.py runs/toy --plot palette.png --max-latency-ms 0.8        # a picture; a choice
-    python evaluate.py runs/toy --export w0.5-d2 DIR           # an ordinary checkpoint of one
+    python evaluate.py runs/toy                      # the palette, on this machine
+    python evaluate.py runs/toy --max-latency-ms 0.8 # the best subnet within a budget
+    python evaluate.py runs/toy --plot palette.png   # a picture; of runs/toy/log.jsonl: its curves
+    python evaluate.py runs/toy --export w0.5-d2 DIR # an ordinary checkpoint
     python evaluate.py runs/toy --subnet w0.5-d2 --predict "the plot is clever ."
     python evaluate.py runs/python-santacoder --humaneval HumanEval.jsonl.gz --allow-code-execution
+
+A run folder holds what mlfs.py leaves, and what is measured here:
+    run.json              all settings, the base checkpoint and its sha256, the subnets' shapes
+    log.jsonl             losses and validation scores, by stage and step
+    palette.json, .md     a row per subnet: sizes, scores and, once measured here, latencies
+    adapters.safetensors  A_s, B_s, the head, the permutation: all to keep beside the base model
+    state.safetensors     what mlfs.py --resume goes on from
+    humaneval-*.jsonl     a subnet's judged completions; the same command goes on with them
+
+Exit codes: 0 done, 2 bad input, 3 no subnet fits the budget, 130 stopped.
 """
-import argparse
 import ctypes
 import glob
 import gzip
@@ -30,10 +40,11 @@ import tempfile
 import time
 import warnings
 import zlib
+from argparse import ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Callable, Iterable
+from typing import Callable, Iterable, NamedTuple
 
 import numpy as np
 import torch
@@ -41,12 +52,23 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
+from torch import Tensor
 from tqdm import tqdm
 
 import data
-from model import (Cache, Decoder, ElasticLinear, SubnetConfig, SuperTransformer,
-                   checkpoint_files, load_pretrained, read_json, replacing, save_pretrained, short)
-
+from model import (
+    Cache,
+    Decoder,
+    ElasticLinear,
+    SubnetConfig,
+    SuperTransformer,
+    checkpoint_files,
+    load_pretrained,
+    read_json,
+    replacing,
+    save_pretrained,
+    short,
+)
 
 # ----------------------------------------------------------------- metrics, as pure functions
 # predictions and labels are numpy arrays of equal length; 1 is perfect.
@@ -63,12 +85,13 @@ def f1(predictions: np.ndarray, labels: np.ndarray) -> float:
 
 def matthews(predictions: np.ndarray, labels: np.ndarray) -> float:
     """Matthews correlation of two binary vectors; 0 when either is constant."""
-    return pearson(predictions, labels)                      # the same thing for 0/1 vectors
+    return pearson(predictions, labels)              # the same thing for vectors of 0 and 1
 
 
 def pearson(predictions: np.ndarray, labels: np.ndarray) -> float:
     """Linear correlation; 0 when either vector is constant."""
-    x, y = (v - np.mean(v, dtype=np.float64) for v in (predictions, labels))
+    x = predictions - np.mean(predictions, dtype=np.float64)
+    y = labels - np.mean(labels, dtype=np.float64)
     norm = np.sqrt((x * x).sum() * (y * y).sum())
     return float((x * y).sum() / norm) if norm > 0 else 0.0
 
@@ -105,8 +128,11 @@ def standard_error(metric: str, predictions: np.ndarray, labels: np.ndarray) -> 
         p = accuracy(predictions, labels)
         return float(np.sqrt(p * (1 - p) / n))
     rng = np.random.default_rng(0)
-    samples = (rng.integers(n, size=n) for _ in range(500))
-    return float(np.std([METRICS[metric](predictions[i], labels[i]) for i in samples]))
+    scores = []
+    for _ in range(500):
+        drawn = rng.integers(n, size=n)
+        scores.append(METRICS[metric](predictions[drawn], labels[drawn]))
+    return float(np.std(scores))
 
 
 # --------------------------------------------------------------------------------- the palette
@@ -115,7 +141,9 @@ def standard_error(metric: str, predictions: np.ndarray, labels: np.ndarray) -> 
 def predict(model: SuperTransformer, phi: SubnetConfig, examples: data.Examples,
             batch_size: int = 64) -> tuple[np.ndarray, np.ndarray]:
     """Predicted classes (or scores) and their labels, shortest example first."""
-    device, outputs, labels = next(model.parameters()).device, [], []
+    device = next(model.parameters()).device
+    outputs = []
+    labels = []
     for x, y in data.batches(examples, batch_size, device=device):
         z, _ = model(**x, phi=phi, features=())                                  # (B, C)
         outputs.append(z.argmax(-1) if z.size(-1) > 1 else z[:, 0])
@@ -127,11 +155,13 @@ def predict(model: SuperTransformer, phi: SubnetConfig, examples: data.Examples,
 def next_token_losses(model: SuperTransformer, phi: SubnetConfig, examples: data.Examples,
                       batch_size: int = 8) -> np.ndarray:
     """Cross-entropy in nats per next token, mean over each window (M,)."""
-    device, means = next(model.parameters()).device, []
+    device = next(model.parameters()).device
+    means = []
     for x, y in data.batches(examples, batch_size, device=device):
-        s, _ = model.encode(**x, phi=phi)                                        # (B, T, H)
-        for states, targets in zip(s, y):                    # one window's logits (T, V) at a time
-            means.append(F.cross_entropy(model.logits(states), targets, ignore_index=data.IGNORED))
+        windows, _ = model.encode(**x, phi=phi)                                  # (B, T, H)
+        for states, targets in zip(windows, y, strict=True):     # one window's logits at a time
+            z = model.logits(states)                                             # (T, V)
+            means.append(F.cross_entropy(z, targets, ignore_index=data.IGNORED))
     return torch.stack(means).cpu().numpy()
 
 
@@ -153,13 +183,18 @@ def evaluate(model: SuperTransformer, phi: SubnetConfig, task: data.Task,
     return {"score": values[first], "stderr": standard_error(first, predictions, labels)} | values
 
 
+SIZES = {"name": str, "heads": int, "hidden_size": int, "intermediate_size": int, "layers": list,
+         "parameters": int, "size_mb": float, "encoder_parameters": int, "macs": int}
+
+
 def describe(model: SuperTransformer, phi: SubnetConfig) -> dict:
-    """Φ's sizes, counted on its stand-alone model: parameters in all and in the encoder's layers.
+    """SIZES of Φ, counted on its stand-alone model: parameters in all and in the encoder's layers.
 
     "macs" are the multiply-accumulates per token of the layers' linear maps, attention left out;
     "size_mb" is 10^6 bytes on disk, in the model's number format.
     """
-    small, dtype = model.skeleton(phi), next(model.parameters()).dtype
+    small = model.skeleton(phi)
+    dtype = next(model.parameters()).dtype
     linears = [m for m in small.layers.modules() if isinstance(m, ElasticLinear)]
     parameters = sum(p.numel() for p in small.parameters())
     return {"name": phi.name, "heads": phi.num_attention_heads, "hidden_size": phi.hidden_size,
@@ -167,11 +202,6 @@ def describe(model: SuperTransformer, phi: SubnetConfig) -> dict:
             "parameters": parameters, "size_mb": parameters * dtype.itemsize / 1e6,
             "encoder_parameters": sum(p.numel() for p in small.layers.parameters()),
             "macs": sum(linear.weight.numel() for linear in linears)}
-
-
-SIZE_KEYS = {"name": str, "heads": int, "hidden_size": int, "intermediate_size": int,
-             "layers": list, "parameters": int, "size_mb": float, "encoder_parameters": int,
-             "macs": int}                            # what `describe` returns, to check what is read
 
 
 def subnet(row: dict) -> SubnetConfig:
@@ -197,24 +227,28 @@ def latency(model: SuperTransformer, space: list[SubnetConfig], batch_size: int 
     """
     device = next(model.parameters()).device
     ids = torch.ones(batch_size, length, dtype=torch.long, device=device)
-    times: dict[tuple, list[float]] = {}
+
+    def milliseconds(forward: SuperTransformer, *inputs) -> float:
+        wait(device)
+        start = time.perf_counter()
+        forward(*inputs, features=())
+        wait(device)
+        return 1e3 * (time.perf_counter() - start)
+
+    times: list[dict] = [{"latency_ms": [], "slice_ms": []} for _ in space]
     for _ in range(rounds):
-        for phi in space:
+        for phi, own in zip(space, times, strict=True):
             small = model.extract(phi)                               # one copy at a time
-            for run in range(-1, runs):
-                for key, form in (("latency_ms", lambda: small(ids, features=())),
-                                  ("slice_ms", lambda: model(ids, None, phi, features=()))):
-                    wait(device)
-                    start = time.perf_counter()
-                    form()
-                    wait(device)
-                    if run >= 0:
-                        elapsed = 1e3 * (time.perf_counter() - start)
-                        times.setdefault((phi, key), []).append(elapsed)
+            for run in range(1 + runs):
+                alone = milliseconds(small, ids)
+                in_place = milliseconds(model, ids, None, phi)
+                if run > 0:                                          # the first warms up
+                    own["latency_ms"].append(alone)
+                    own["slice_ms"].append(in_place)
     rows: list[dict] = [{} for _ in space]
-    for row, phi in zip(rows, space):
-        for key in ("latency_ms", "slice_ms"):
-            low, row[key], high = np.quantile(times[phi, key], (0.1, 0.5, 0.9)).tolist()
+    for row, own in zip(rows, times, strict=True):
+        for key, values in own.items():
+            low, row[key], high = np.quantile(values, (0.1, 0.5, 0.9)).tolist()
             row[key + "_range"] = [low, high]
     return rows
 
@@ -245,65 +279,59 @@ def choose(rows: list[dict], budget: dict[str, float], metric: str) -> list[dict
 
 def worth_shipping(rows: list[dict], metric: str) -> list[tuple[int, dict]]:
     """(n, the row to take) where the choice changes as the budget of parameters grows to n."""
-    front: list[tuple[int, dict]] = []
+    steps: list[tuple[int, dict]] = []
     for most in sorted({row["parameters"] for row in rows}):
         best = choose(rows, {"parameters": most}, metric)[0]
-        if not front or front[-1][1] is not best:
-            front.append((most, best))
-    return front
+        if not steps or steps[-1][1] is not best:
+            steps.append((most, best))
+    return steps
 
 
 def millions(count: int) -> str:
     return f"{count / 1e6:.2f}M"
 
 
-FORMATS: dict[str, Callable] = {                     # of a row's values; all others: as a score
-    "layers": lambda layers: str(len(layers)),
-    "parameters": millions,
-    "encoder_parameters": millions,
-    "macs": millions,
-    "size_mb": "{:.1f} MB".format,
-    "latency_ms": "{:.2f}".format,
-    "slice_ms": "{:.2f}".format,
+COLUMNS: dict[str, tuple[str, Callable | None]] = {  # of a row: heading, format (None: a score's)
+    "name": ("subnet", str),
+    "heads": ("heads", str),
+    "intermediate_size": ("FFN", str),
+    "hidden_size": ("hidden", str),
+    "layers": ("layers", lambda layers: str(len(layers))),
+    "parameters": ("parameters", millions),
+    "encoder_parameters": ("encoder", millions),
+    "macs": ("MACs per token", millions),
+    "size_mb": ("on disk", "{:.1f} MB".format),
+    "score": ("score", None),
+    "stderr": ("± s.e.", None),
+    "latency_ms": ("latency, ms", "{:.2f}".format),
+    "slice_ms": ("in place, ms", "{:.2f}".format),
 }
-SHARED = {*FORMATS, "score"} - {"layers"}            # shown as a share of the first row's, too
+SHARED = ("parameters", "encoder_parameters", "macs", "size_mb", "score", "latency_ms", "slice_ms")
 
 
-def table(rows: list[dict], columns: dict[str, str], metric: str) -> str:
-    """Markdown, a line per row; columns maps a key of the first row to its heading.
+def table(rows: list[dict], keys: Iterable[str], metric: str) -> str:
+    """Markdown, a line per row; of the keys those that the first row has.
 
-    A latency's 10% and 90% quantiles stand in brackets. The share of the first row's value is left
-    out where it means nothing: of a loss, of a score that is 0 or less.
+    After SHARED values stands their share of the first row's, unless that means nothing: of a loss,
+    of a score that is 0 or less. A latency's 10% and 90% quantiles stand in brackets.
     """
     def cell(row: dict, key: str) -> str:
-        if key not in row:                           # a padded subnet's latency
+        if key not in row:                           # the latency of a padded subnet
             return ""
-        value = row[key]
-        text = show(metric, value) if isinstance(value, float) else str(value)
-        if key in FORMATS:
-            text = FORMATS[key](value)
+        form = COLUMNS.get(key, (key, None))[1]
+        text = form(row[key]) if form else show(metric, row[key])
         if key + "_range" in row:
             text += " [{:.2f}, {:.2f}]".format(*row[key + "_range"])
-        comparable = key in SHARED and (key, metric) != ("score", "loss")
-        if comparable and rows[0][key] > 0:
-            text += f" ({value / rows[0][key]:.0%})"
+        if key in SHARED and (key, metric) != ("score", "loss") and rows[0][key] > 0:
+            text += f" ({row[key] / rows[0][key]:.0%})"
         return text
 
-    keys = [key for key in columns if key in rows[0]]
-    lines = [[columns[key] for key in keys]]
+    keys = [key for key in keys if key in rows[0]]
+    lines = [[COLUMNS.get(key, (key, None))[0] for key in keys]]
     lines += [[cell(row, key) for key in keys] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*lines)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     lines.insert(1, ["-" * width for width in widths])
     return "\n".join("| " + " | ".join(map(str.ljust, cells, widths)) + " |" for cells in lines)
-
-
-SIZE_COLUMNS = {"name": "subnet", "parameters": "parameters", "encoder_parameters": "encoder"}
-MEASURED_COLUMNS = {
-    "name": "subnet", "heads": "heads", "intermediate_size": "FFN", "hidden_size": "hidden",
-    "layers": "layers", "parameters": "parameters", "encoder_parameters": "encoder",
-    "macs": "MACs per token", "size_mb": "on disk", "score": "score", "stderr": "± s.e.",
-    "latency_ms": "latency, ms", "slice_ms": "in place, ms",
-}
 
 
 def final_table(rows: list[dict], metric: str, last: int = 0) -> str:
@@ -312,10 +340,9 @@ def final_table(rows: list[dict], metric: str, last: int = 0) -> str:
     moments = list(rows[0].get("history", ["score"]))
     if last:
         moments = moments[-last:]
-    others = [key for key in (*METRICS, "accuracy_mismatched") if key in rows[0] and key != metric]
-    columns = SIZE_COLUMNS | {moment: moment for moment in moments} | {"stderr": "± s.e."}
-    columns |= {key: key for key in others}
-    return table([row | row.get("history", {}) for row in rows], columns, metric)
+    others = [key for key in (*METRICS, "accuracy_mismatched") if key != metric]
+    keys = ["name", "parameters", "encoder_parameters", *moments, "stderr", *others]
+    return table([row | row.get("history", {}) for row in rows], keys, metric)
 
 
 def title(task: str, metric: str, examples: int) -> str:
@@ -338,7 +365,8 @@ def require_package(option: str, packages: str, *modules: str) -> None:
 @contextmanager
 def picture(path: Path, panels: int):
     """Yields matplotlib's figure and axes, written to `path` once the block ends well."""
-    from matplotlib.figure import Figure             # an optional extra
+    from matplotlib.figure import Figure  # an optional extra
+
     figure = Figure(figsize=(5.5 * panels, 4.2), layout="constrained")
     yield figure, figure.subplots(1, panels, squeeze=False)[0]
     with replacing(path) as beside:
@@ -352,74 +380,69 @@ def plot_palette(path: Path, rows: list[dict], metric: str, heading: str,
     points = 1 if metric == "loss" else 100
     scores = [points * row["score"] for row in rows]
     errors = [points * row["stderr"] for row in rows]
-    history = rows[0].get("history", {})
-    with picture(path, 2) as (figure, axes):
+    with picture(path, 2) as (figure, (left, right)):
         figure.suptitle(heading)
-        for axis, (key, unit, label) in zip(axes, (("parameters", 1e6, "parameters, millions"),
-                                                   ("latency_ms", 1, "latency, ms"))):
+        left.set_xlabel("parameters, millions")
+        left.set_ylabel(metric)
+        right.set_xlabel("latency, ms")
+        for axis, key, unit in ((left, "parameters", 1e6), (right, "latency_ms", 1)):
             costs = [row[key] / unit for row in rows]
             for moment, mark in (("sliced teacher", "x"), ("reordered", "+")):
-                if moment in history:
+                if moment in rows[0].get("history", {}):
                     old = [points * row["history"][moment] for row in rows]
                     axis.plot(costs, old, mark, color="gray", label=f"{moment}, not trained yet")
             axis.errorbar(costs, scores, errors, fmt="o", capsize=2, label="MLFS")
-            for row, cost, score in zip(rows, costs, scores):
-                axis.annotate(row["name"], (cost, score), fontsize=7, xytext=(4, -9),
+            for row, *place in zip(rows, costs, scores, strict=True):
+                axis.annotate(row["name"], place, fontsize=7, xytext=(4, -9),
                               textcoords="offset points")
             if teacher is not None:
                 axis.axhline(points * teacher, color="black", linestyle=":", label="teacher")
-            axis.set_xlabel(label)
             axis.grid(alpha=0.3)
-        axes[0].set_ylabel("loss, nats per token" if metric == "loss" else f"{metric}, points")
-        axes[0].legend(fontsize=7)
+        left.legend(fontsize=7)
 
 
-def read_log(path: Path) -> list[dict]:
-    """The lines of log.jsonl; ValueError if they hold no losses, or what no run wrote."""
-    entries = read_lines(path, {"stage": int, "step": int})
-    drawn = [entry[kind] for entry in entries for kind in ("loss", "validation") if kind in entry]
-    if not drawn:
-        raise ValueError(f"{path} has no losses yet")
-    values = [value for part in drawn if isinstance(part, dict) for value in part.values()]
-    dicts = all(isinstance(part, dict) for part in drawn)
-    if not dicts or not all(isinstance(value, (int, float)) for value in values):
-        raise ValueError(f"{path} is not one of ours, or was edited")
-    return entries
+def read_log(path: Path) -> tuple[dict, list[int]]:
+    """Curves of a log.jsonl, and the iterations at which the three stages start.
 
-
-def running_mean(points: list[tuple], window: int) -> list[np.ndarray]:
-    """x and y of points (x, y), each averaged over a window, or over a third of all if that is
-    less."""
-    window = min(window, math.ceil(len(points) / 3))
-    return [np.convolve(values, np.full(window, 1 / window), "valid") for values in zip(*points)]
-
-
-def plot_curves(path: Path, entries: list[dict]) -> None:
-    """Losses per subnet, averaged over 10 logged steps, and validation scores, over the iterations
-    of all stages (Figs. 2, 5 and 7)."""
-    labels = {"loss": "training loss", "validation": "validation score"}
-    kinds = [kind for kind in labels if any(kind in entry for entry in entries)]
-    names = list(dict.fromkeys(name for entry in entries for kind in kinds
-                               for name in entry.get(kind, {})))
+    A curve is [(iteration, value)], kept by kind ("loss", "validation"), subnet and stage.
+    ValueError if there is none, or what no run wrote.
+    """
+    entries = read_lines(path, PLACE)
     starts = [0]
     for stage in range(2):
         steps = [entry["step"] for entry in entries if entry["stage"] == stage]
         starts.append(starts[-1] + max(steps, default=0))
-    with picture(path, len(kinds)) as (_, axes):
-        for axis, kind in zip(axes, kinds):
-            for (i, name), stage in itertools.product(enumerate(names), range(3)):
-                points = [(starts[stage] + entry["step"], entry[kind][name]) for entry in entries
-                          if entry["stage"] == stage and name in entry.get(kind, {})]
-                if points:
-                    x, y = running_mean(points, 10 if kind == "loss" else 1)
-                    axis.plot(x, y, marker="." if len(x) == 1 else "", color=f"C{i % 10}")
+    curves: dict[str, dict] = {}
+    with naming(f"{path} is not one of ours, or was edited"):
+        for entry, kind in itertools.product(entries, ("loss", "validation")):
+            values = entry.get(kind, {})
+            check_form(values, {str: float}, kind)
+            for name, value in values.items():
+                stages = curves.setdefault(kind, {}).setdefault(name, ([], [], []))
+                stages[entry["stage"]].append((starts[entry["stage"]] + entry["step"], value))
+    if not curves:
+        raise ValueError(f"{path} has no losses yet")
+    return curves, starts
+
+
+def plot_curves(path: Path, curves: dict, starts: list[int]) -> None:
+    """Losses per subnet, means over 10 logged steps, and validation scores, over the iterations of
+    all stages (Figs. 2, 5 and 7); see `read_log`."""
+    with picture(path, len(curves)) as (_, axes):
+        for axis, (kind, subnets) in zip(axes, curves.items(), strict=True):
+            for i, (name, stages) in enumerate(sorted(subnets.items())):
+                color = f"C{i % 10}"
+                axis.plot([], [], color=color, label=name)
+                for points in filter(None, stages):
+                    window = min(10 if kind == "loss" else 1, math.ceil(len(points) / 3))
+                    weights = np.full(window, 1 / window)
+                    x, y = (np.convolve(v, weights, "valid") for v in np.transpose(points))
+                    axis.plot(x, y, marker="." if len(x) == 1 else "", color=color)
             for start in starts[1:]:
                 axis.axvline(start, color="gray", linewidth=0.5)
             axis.set_xlabel("iterations of the three stages")
-            axis.set_ylabel(labels[kind])
-        for i, name in enumerate(names):
-            axes[0].plot([], [], color=f"C{i % 10}", label=name)
-        axes[0].legend(fontsize=7)
+            axis.set_ylabel("training loss" if kind == "loss" else "validation score")
+            axis.legend(fontsize=7)
 
 
 # ------------------------------------------------------------------------------------- shipping
@@ -459,24 +482,20 @@ def common_form(small: SuperTransformer, pad: bool) -> tuple[SuperTransformer, s
     """The model with heads of zeros added if `pad`, and what other libraries can make of it."""
     config = small.config
     own = config["num_attention_heads"]
-    hidden = config["hidden_size"]
-    shape = f"{own} heads of {config['head_dim']} at hidden size {hidden}"
+    shape = f"{own} heads of {config['head_dim']} at hidden size {config['hidden_size']}"
     heads = small.common_heads()
     if pad and heads == own:
         raise ValueError(f"--pad-heads: nothing to pad, other libraries can express {shape}")
     if pad and heads is None:
-        raise ValueError(f"--pad-heads: no number of heads from {own} on fits hidden size {hidden}")
+        raise ValueError(f"--pad-heads: no number of heads makes others express {shape}")
     if heads == own:
         return small, "The transformers library can load it."
     why = f"The transformers library's {type(small).__name__} cannot express {shape}"
     if heads is None:
         return small, f"{why}, padded or not; load_pretrained of model.py reads it."
     padded = small.pad_heads(heads)
-    old = describe(small, small.maxnet)
-    new = describe(padded, padded.maxnet)
-    cost = f"{heads} heads, the new ones zeros: " + ", ".join(
-        f"{millions(new[key])} instead of {millions(old[key])} {what}"
-        for key, what in (("parameters", "parameters"), ("macs", "MACs per token")))
+    before, after = (millions(sum(p.numel() for p in m.parameters())) for m in (small, padded))
+    cost = f"{heads} heads, some of zeros: {after} instead of {before} parameters"
     if pad:
         return padded, f"The transformers library can load it, padded to {cost}."
     return small, f"{why}; load_pretrained of model.py reads it; --pad-heads makes it {cost}."
@@ -494,7 +513,7 @@ class Logits(torch.nn.Module):
         return self.model(input_ids, attention_mask, features=(), **segments)[0]
 
 
-def onnx_inputs(model: SuperTransformer, batch: int, length: int) -> dict[str, torch.Tensor]:
+def onnx_inputs(model: SuperTransformer, batch: int, length: int) -> dict[str, Tensor]:
     """Random inputs (batch, length); the last of several rows is padded by half."""
     draw = torch.Generator().manual_seed(0)
     ids = torch.randint(model.config["vocab_size"], (batch, length), generator=draw)
@@ -502,10 +521,10 @@ def onnx_inputs(model: SuperTransformer, batch: int, length: int) -> dict[str, t
     if batch > 1:
         mask[-1, max(1, length // 2):] = 0
     inputs = {"input_ids": ids, "attention_mask": mask}
-    if not isinstance(model, Decoder):
-        kinds = model.config["type_vocab_size"]
-        inputs["token_type_ids"] = torch.randint(kinds, ids.shape, generator=draw)
-    return inputs
+    if isinstance(model, Decoder):
+        return inputs
+    kinds = model.config["type_vocab_size"]
+    return inputs | {"token_type_ids": torch.randint(kinds, ids.shape, generator=draw)}
 
 
 def export_onnx(small: SuperTransformer, path: Path) -> None:
@@ -513,10 +532,9 @@ def export_onnx(small: SuperTransformer, path: Path) -> None:
 
     ValueError if onnxruntime's logits differ by more than 1e-3 from ours.
     """
-    import onnxruntime                               # an optional extra, as is onnxscript, in torch
+    import onnxruntime  # an optional extra, as is onnxscript, in torch
 
-    small = small.float().cpu()
-    model = Logits(small)
+    model = Logits(small.float().cpu())
     room = small.config["max_position_embeddings"]
     example = onnx_inputs(small, 2, min(8, room))
     axes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length", max=room)}
@@ -532,17 +550,18 @@ def export_onnx(small: SuperTransformer, path: Path) -> None:
         x = onnx_inputs(small, batch, length)
         z, = session.run(None, {name: part.numpy() for name, part in x.items()})
         away = (torch.from_numpy(z) - model(**x).detach()).abs()
-        if isinstance(small, Decoder):                               # what follows padding is void
+        if isinstance(small, Decoder):                               # what padding gives is void
             away = away[x["attention_mask"].bool()]
-        most = float(away.max())
-        if not most <= 1e-3:                                         # not a number fails, too
-            raise ValueError(f"{path.name}: its logits differ by {most:.1e} from PyTorch's; "
+        if not away.max() <= 1e-3:                                   # not a number fails, too
+            raise ValueError(f"{path.name}: its logits differ by {away.max():.1e} from PyTorch's; "
                              f"nothing was written")
 
 
 def model_card(run: dict, rows: list[dict], metric: str, form: str, dtype: str, where: str) -> str:
     """README.md of an exported subnet; rows: the maxnet's and its own."""
-    row, hp, base = rows[-1], run["hyper_parameters"], Path(run["base"]["folder"]).name
+    row = rows[-1]
+    hp = run["hyper_parameters"]
+    base = Path(run["base"]["folder"]).name
     note = f"**{run['note']}**\n\n" if run["note"] else ""
     return f"""---
 base_model: {base}
@@ -556,13 +575,13 @@ Layers kept, from 0: {', '.join(map(str, row['layers']))}. Weights in {dtype}. {
 
 {title(run['task'], metric, run['data']['dev'])}:
 
-{table(rows, MEASURED_COLUMNS, metric)}
+{table(rows, COLUMNS, metric)}
 
 {where}
 """
 
 
-# ---------------------------------------------------------------------------------- using a model
+# ---------------------------------------------------------------------------- using a model
 
 @torch.inference_mode()
 def answer(model: SuperTransformer, phi: SubnetConfig, tokenizer: Tokenizer, task: data.Task,
@@ -577,9 +596,8 @@ def answer(model: SuperTransformer, phi: SubnetConfig, tokenizer: Tokenizer, tas
         raise ValueError(f"{text[:80]!r} has {len(sentences)} parts separated by tabs; the task "
                          f"takes {wanted}")
     rows = data.Rows([sentences], np.zeros(1, dtype=np.int64))
-    examples = data.encode(tokenizer, rows, max_length)
     device = next(model.parameters()).device
-    (x, _), = data.batches(examples, 1, device=device)
+    (x, _), = data.batches(data.encode(tokenizer, rows, max_length), 1, device=device)
     z = model(**x, phi=phi, features=())[0][0]                               # (C,)
     if not task.labels:
         return f"{z.item():.3f}"
@@ -588,9 +606,6 @@ def answer(model: SuperTransformer, phi: SubnetConfig, tokenizer: Tokenizer, tas
     return "\t".join([task.labels[int(z.argmax())], *classes])
 
 
-# ------------------------------------------------------------------------------- generating text
-
-@torch.inference_mode()
 def generate(model: SuperTransformer, tokenizer: Tokenizer, prompts: list[str],
              max_new_tokens: int = 256, temperature: float = 0.0, top_p: float = 1.0,
              stop: tuple[str, ...] = (), seeds: list[int] | None = None,
@@ -602,56 +617,61 @@ def generate(model: SuperTransformer, tokenizer: Tokenizer, prompts: list[str],
     change it, unless the longest meets the model's last position. ValueError if a prompt leaves no
     room for a token.
     """
-    device = next(model.parameters()).device
     end = data.end_of_text(tokenizer)
+    longest_stop = max(map(len, stop), default=0)
+    draws = [torch.Generator().manual_seed(seed) for seed in seeds or range(len(prompts))]
+
+    def next_tokens(z: Tensor) -> Tensor:                            # (B, V) -> (B, 1)
+        if temperature == 0:
+            return z.argmax(-1, keepdim=True)
+        return sample(z / temperature, top_p, draws)
+
+    def has_ended(new: list[int]) -> bool:
+        tail = tokenizer.decode(new[-longest_stop:]) if stop else ""     # a token is >= 1 letter
+        return new[-1] == end or any(word in tail for word in stop)
+
     tokenizer.no_padding()
     tokenizer.no_truncation()
     encoded = [tokenizer.encode(prompt).ids or [end] for prompt in prompts]
+    new = extend(model, phi or model.maxnet, encoded, max_new_tokens, next_tokens, has_ended)
+    return [continuation(tokenizer, before, after, stop)
+            for before, after in zip(encoded, new, strict=True)]
+
+
+@torch.inference_mode()
+def extend(model: SuperTransformer, phi: SubnetConfig, encoded: list[list[int]], most: int,
+           next_tokens: Callable[[Tensor], Tensor],
+           has_ended: Callable[[list[int]], bool]) -> list[list[int]]:
+    """The tokens, at most so many, that come after each row; ValueError if there is no room."""
     longest = max(map(len, encoded))
     room = model.config["max_position_embeddings"]
     if longest >= room:
         raise ValueError(f"a prompt of {longest} tokens leaves no room in the model's {room} "
                          f"positions")
-    total = min(longest + max_new_tokens, room)
-    ids, mask = left_padded(encoded, total, end)
-    ids, mask = ids.to(device), mask.to(device)
-    cache = Cache(total)
-    draws = [torch.Generator().manual_seed(seed) for seed in seeds or range(len(prompts))]
-    new: list[list[int]] = [[] for _ in prompts]
-    running = set(range(len(prompts)))
-    for length in range(longest, total):
-        seen = None if mask.all() else mask[:, :length]              # no mask is faster
-        states, _ = model.encode(ids, seen, phi or model.maxnet, cache)
-        ids = next_tokens(model.logits(states[:, -1]), temperature, top_p, draws)    # (B, 1)
-        for row, token in enumerate(ids[:, 0].tolist()):
-            if row in running:
-                new[row].append(token)
-                if token == end or has_stopped(tokenizer, new[row], stop):
-                    running.discard(row)
-        if not running:
-            break
-    return [continuation(tokenizer, before, after, stop)
-            for before, after in zip(encoded, new, strict=True)]
-
-
-def left_padded(encoded: list[list[int]], total: int, padding: int) -> tuple[torch.Tensor, ...]:
-    """Ids (B, T) that all end at the longest prompt's last token, and a mask (B, total)."""
-    longest = max(map(len, encoded))
-    ids = torch.full((len(encoded), longest), padding)
+    total = min(longest + most, room)
+    ids = torch.zeros(len(encoded), longest, dtype=torch.long)       # (B, T), padded on the left
     mask = torch.ones(len(encoded), total, dtype=torch.long)
     for row, tokens in enumerate(encoded):
         padded = longest - len(tokens)
         ids[row, padded:] = torch.tensor(tokens)
         mask[row, :padded] = 0
-    return ids, mask
-
-
-def has_stopped(tokenizer: Tokenizer, new: list[int], stop: tuple[str, ...]) -> bool:
-    """Whether a stop string has just been completed."""
-    if not stop:
-        return False
-    tail = tokenizer.decode(new[-max(map(len, stop)):])              # a token is a letter at least
-    return any(word in tail for word in stop)
+    device = next(model.parameters()).device
+    ids = ids.to(device)
+    mask = None if mask.all() else mask.to(device)                   # without one it is faster
+    cache = Cache(total)
+    new: list[list[int]] = [[] for _ in encoded]
+    running = set(range(len(encoded)))
+    for length in range(longest, total):
+        seen = None if mask is None else mask[:, :length]
+        states, _ = model.encode(ids, seen, phi, cache)
+        ids = next_tokens(model.logits(states[:, -1]))
+        for row in sorted(running):
+            new[row].append(int(ids[row]))
+            if has_ended(new[row]):
+                running.discard(row)
+        if not running:
+            break
+    return new
 
 
 def continuation(tokenizer: Tokenizer, before: list[int], after: list[int],
@@ -659,23 +679,11 @@ def continuation(tokenizer: Tokenizer, before: list[int], after: list[int],
     """The text of the tokens after a prompt, cut before the first stop string."""
     prompt = tokenizer.decode(before)
     text = tokenizer.decode(before + after)[len(prompt):]    # alone it may lose its first space
-    end = len(text)
-    for word in stop:
-        found = text.find(word)
-        if found >= 0:
-            end = min(end, found)
-    return text[:end]
+    ends = [text.index(word) for word in stop if word in text]
+    return text[:min(ends, default=len(text))]
 
 
-def next_tokens(z: torch.Tensor, temperature: float, top_p: float,
-                draws: list[torch.Generator]) -> torch.Tensor:
-    """A token (B, 1) for each row of the logits z (B, V): the likeliest, or a drawn one."""
-    if temperature == 0:
-        return z.argmax(-1, keepdim=True)
-    return sample(z / temperature, top_p, draws)
-
-
-def sample(z: torch.Tensor, top_p: float, draws: list[torch.Generator]) -> torch.Tensor:
+def sample(z: Tensor, top_p: float, draws: list[torch.Generator]) -> Tensor:
     """A token (B, 1) per row of logits z (B, V), among the likeliest whose probability is top_p."""
     p, order = z.softmax(-1).cpu().sort(descending=True)
     before = p.cumsum(-1) - p                        # 0 for the likeliest, which always stays
@@ -687,7 +695,7 @@ def sample(z: torch.Tensor, top_p: float, draws: list[torch.Generator]) -> torch
 # ------------------------------------------------------------------------------------- HumanEval
 
 STOP = ("\nclass", "\ndef", "\n#", "\nif", "\nprint", "\n@")           # the function has ended
-TASK_KEYS = dict.fromkeys(("task_id", "prompt", "entry_point", "test"), str)
+PROBLEM = dict.fromkeys(("task_id", "prompt", "entry_point", "test"), str)
 
 
 def estimate_pass_at_k(n: int, c: int, k: int) -> float:
@@ -700,7 +708,7 @@ def estimate_pass_at_k(n: int, c: int, k: int) -> float:
     return 1 - math.comb(n - c, k) / math.comb(n, k)
 
 
-def read_lines(path: Path, keys: dict[str, type]) -> list[dict]:
+def read_lines(path: Path, form: dict[str, type]) -> list[dict]:
     """A row for each line of *.jsonl or *.jsonl.gz; ValueError names file, line and missing key."""
     if not path.exists():
         raise FileNotFoundError(f"there is no {path}")
@@ -710,7 +718,7 @@ def read_lines(path: Path, keys: dict[str, type]) -> list[dict]:
         with unpack(path, "rt", encoding="utf-8-sig") as file:       # a byte-order mark is no text
             for line in file:
                 row = json.loads(line)
-                check_keys(row, keys)
+                check_form(row, form)
                 rows.append(row)
     except (EOFError, zlib.error, gzip.BadGzipFile, ValueError, RecursionError) as error:
         raise ValueError(f"{path}, line {len(rows) + 1}: {error}") from None
@@ -785,29 +793,24 @@ def pass_at_k(rows: list[dict], tasks: list[str], samples: int) -> dict[str, flo
 # values that it has the worker compute. So no secret is needed: the pipe for the verdict is open in
 # the judge alone, and nothing but plain data gets into the judge.
 
-LIMITS = {                                           # of every process that a completion starts
-    "AS": 2 ** 30,                                   # bytes of memory
-    "FSIZE": 2 ** 24,                                # bytes of a file
-    "NPROC": 8,
-    "NOFILE": 64,
-    "CORE": 0,
-}
-LINUX = {                                            # numbers of the system's own header files
-    "PR_SET_PDEATHSIG": 1,
-    "PR_SET_DUMPABLE": 4,
-    "PR_SET_CHILD_SUBREAPER": 36,
-    "PR_SET_NO_NEW_PRIVS": 38,
-    "CLONE_NEWIPC": 0x08000000,
-    "CLONE_NEWUSER": 0x10000000,
-    "CLONE_NEWPID": 0x20000000,
-    "CLONE_NEWNET": 0x40000000,
-    "LANDLOCK_CREATE_RULESET": 444,
-    "LANDLOCK_ADD_RULE": 445,
-    "LANDLOCK_RESTRICT_SELF": 446,
-    "LANDLOCK_WRITE_V1": 0x1FF2,                     # all rights to change files, none to read
-    "LANDLOCK_WRITE_V2": 0x3FF2,                     # and to move them between folders
-    "LANDLOCK_WRITE_V3": 0x7FF2,                     # and to truncate them
-}
+# Of every process that a completion starts: bytes of memory and of a file, and counts.
+LIMITS = {"AS": 2 ** 30, "FSIZE": 2 ** 24, "NPROC": 8, "NOFILE": 64, "CORE": 0}
+
+
+class Linux:
+    """Numbers of the kernel's own header files."""
+    PR_SET_PDEATHSIG = 1
+    PR_SET_DUMPABLE = 4
+    PR_SET_CHILD_SUBREAPER = 36
+    PR_SET_NO_NEW_PRIVS = 38
+    CLONE_NEWIPC = 0x08000000
+    CLONE_NEWUSER = 0x10000000
+    CLONE_NEWPID = 0x20000000
+    CLONE_NEWNET = 0x40000000
+    LANDLOCK_CREATE_RULESET = 444
+    LANDLOCK_ADD_RULE = 445
+    LANDLOCK_RESTRICT_SELF = 446
+    LANDLOCK_WRITE = (0x1FF2, 0x3FF2, 0x7FF2)  # version 1: change files; 2: move; 3: truncate them
 
 
 class PlainUnpickler(pickle.Unpickler):
@@ -889,18 +892,18 @@ def give_up_rights(libc, user):
         os.setuid(user)
     if sys.platform != "linux":
         return
-    libc.prctl(LINUX["PR_SET_PDEATHSIG"], signal.SIGKILL, 0, 0, 0)  # die with the judge
-    libc.prctl(LINUX["PR_SET_NO_NEW_PRIVS"], 1, 0, 0, 0)  # no sudo
+    libc.prctl(Linux.PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # die with the judge
+    libc.prctl(Linux.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)  # no sudo
     # Landlock: write to no file outside of this folder and, from version 6 on, use no TCP and
     # signal no other process. Where the kernel does not have it, these calls do nothing.
-    version = libc.syscall(LINUX["LANDLOCK_CREATE_RULESET"], None, 0, 1)
-    write = LINUX[f"LANDLOCK_WRITE_V{min(max(version, 1), 3)}"]
+    version = libc.syscall(Linux.LANDLOCK_CREATE_RULESET, None, 0, 1)
+    write = Linux.LANDLOCK_WRITE[min(version, 3) - 1]
     rights = struct.pack("QQQ", write, 3, 3)
     size = 24 if version >= 6 else 8
-    rules = libc.syscall(LINUX["LANDLOCK_CREATE_RULESET"], rights, size, 0)
+    rules = libc.syscall(Linux.LANDLOCK_CREATE_RULESET, rights, size, 0)
     folder = struct.pack("Qi", write, os.open(".", os.O_RDONLY))
-    libc.syscall(LINUX["LANDLOCK_ADD_RULE"], rules, 1, folder, 0)
-    libc.syscall(LINUX["LANDLOCK_RESTRICT_SELF"], rules, 0)
+    libc.syscall(Linux.LANDLOCK_ADD_RULE, rules, 1, folder, 0)
+    libc.syscall(Linux.LANDLOCK_RESTRICT_SELF, rules, 0)
 
 
 def open_library():
@@ -913,14 +916,14 @@ def open_library():
 
 
 def isolate(libc, user):
-    """What judge and worker share: no network, orphans come to the judge, no view into it."""
+    """Judge and worker get no network; the judge gets all orphans, and nobody sees into it."""
     if sys.platform != "linux":
         return
-    libc.prctl(LINUX["PR_SET_CHILD_SUBREAPER"], 1, 0, 0, 0)
-    libc.prctl(LINUX["PR_SET_DUMPABLE"], 0, 0, 0, 0)  # not to be traced, nor read through /proc
-    spaces = LINUX["CLONE_NEWPID"] | LINUX["CLONE_NEWNET"] | LINUX["CLONE_NEWIPC"]
+    libc.prctl(Linux.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    libc.prctl(Linux.PR_SET_DUMPABLE, 0, 0, 0, 0)  # not to be traced, nor read through /proc
+    spaces = Linux.CLONE_NEWPID | Linux.CLONE_NEWNET | Linux.CLONE_NEWIPC
     if not user:
-        spaces |= LINUX["CLONE_NEWUSER"]  # root needs it not; others may have it, or not
+        spaces |= Linux.CLONE_NEWUSER  # by which others than root may, on some systems
     libc.unshare(spaces)
 
 
@@ -963,8 +966,7 @@ def child(timeout, limits, user):
 RUNNER = "\n\n".join((                               # the child's whole source
     "import ctypes, glob, json, os, pickle, signal, struct, sys, time",
     "from contextlib import suppress",
-    f"LINUX = {LINUX}",
-    *map(inspect.getsource, (PlainUnpickler, plain, serve_calls, run_asserts, kill_all,
+    *map(inspect.getsource, (Linux, PlainUnpickler, plain, serve_calls, run_asserts, kill_all,
                              give_up_rights, open_library, isolate, child)),
     "child(*json.loads(sys.argv[1]))",
 ))
@@ -1012,7 +1014,33 @@ def check_correctness(problem: dict, completion: str, timeout: float = 10.0) -> 
 
 RUN_FILES = ("run.json", "log.jsonl", "palette.json", "palette.md", "adapters.safetensors",
              "state.safetensors")
+PLACE = {"stage": int, "step": int}                  # in the log, and of a state
 LOCKS: list = []                                     # open files; the system frees them at the end
+
+
+@contextmanager
+def naming(where: str | Path):
+    """Puts before the words of a ValueError where that stands which was read."""
+    try:
+        yield
+    except ValueError as error:
+        what = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else error
+        raise ValueError(f"{where}: {what}") from None
+
+
+def check_form(value: object, form, name: str = "object") -> None:
+    """ValueError unless JSON has a form: a type, [the form of each entry], {key: its form}, or
+    {str: the form of each value}."""
+    kind = form if isinstance(form, type) else type(form)
+    if not isinstance(value, (int, float) if kind is float else kind):
+        raise ValueError(f"there is no {name!r}, or it is of the wrong type")
+    if isinstance(form, dict):
+        parts = dict.fromkeys(value, form[str]) if str in form else form
+        for key, part in parts.items():
+            check_form(value.get(key), part, key)
+    elif isinstance(form, list):
+        for entry in value:
+            check_form(entry, form[0], f"entry of {name}")
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -1022,7 +1050,7 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def take_folder(folder: Path, settings: dict, resume: bool, overwrite: bool) -> dict:
-    """Claim a run folder, or go on with one; returns run.json. Only files of ours are ever deleted.
+    """Claims a run folder, or goes on with one; returns run.json. Deletes only files of ours.
 
     Raises FileExistsError unless one of the two was asked for, ValueError if resumed otherwise.
     """
@@ -1030,14 +1058,7 @@ def take_folder(folder: Path, settings: dict, resume: bool, overwrite: bool) -> 
         raise ValueError("--resume and --overwrite contradict each other; give one of them")
     if resume:
         old = read_json(folder / "run.json")
-        for key in ("task", "base", "data", "hyper_parameters", "device", "dtype"):
-            new = json.loads(json.dumps(settings[key]))              # tuples become lists
-            if old.get(key) != new:
-                fields = new if isinstance(new, dict) and isinstance(old.get(key), dict) else {}
-                odd = [f for f in fields if old[key].get(f) != fields[f]]
-                raise ValueError(f"{folder} was started with another {key} "
-                                 f"({', '.join(odd[:5]) or short(new)}); --resume needs the "
-                                 f"command it was started with")
+        check_settings(folder, old, settings)
         lock(folder)
         return old
     if folder.exists() and any(folder.iterdir()) and not overwrite:
@@ -1051,10 +1072,24 @@ def take_folder(folder: Path, settings: dict, resume: bool, overwrite: bool) -> 
     return settings
 
 
+def check_settings(folder: Path, old: dict, settings: dict) -> None:
+    """ValueError unless a resumed run has the settings that it was started with."""
+    for key in ("task", "base", "data", "hyper_parameters", "device", "dtype"):
+        new = json.loads(json.dumps(settings[key]))                  # tuples become lists
+        if old.get(key) == new:
+            continue
+        differing = short(new)
+        if isinstance(new, dict) and isinstance(old.get(key), dict):
+            fields = [field for field in new if old[key].get(field) != new[field]]
+            differing = ", ".join(fields[:5])
+        raise ValueError(f"{folder} was started with another {key} ({differing}); --resume needs "
+                         f"the command it was started with")
+
+
 def lock(folder: Path) -> None:
     """Until this process ends no other can train into the folder; FileExistsError if one does."""
     try:
-        import fcntl                                                 # absent on Windows
+        import fcntl  # absent on Windows
     except ImportError:
         return
     LOCKS.append(open(folder / ".lock", "w"))
@@ -1068,12 +1103,12 @@ def lock(folder: Path) -> None:
 def base_digest(folder: str | Path) -> str:
     """sha256 of a base checkpoint: config.json, the weights, the tokenizer's files."""
     folder = Path(folder)
-    data.tokenizer_file(folder)                                      # there must be one
-    tokenizer = [path for name in data.TOKENIZER_FILES if (path := folder / name).exists()]
+    data.tokenizer_file(folder)                      # there must be one
+    tokenizer = [folder / name for name in data.TOKENIZER_FILES if (folder / name).exists()]
     return data.sha256([folder / "config.json", *checkpoint_files(folder), *tokenizer])
 
 
-def digest(tensors: dict[str, torch.Tensor]) -> str:
+def digest(tensors: dict[str, Tensor]) -> str:
     """sha256 of names, shapes, types and bits."""
     sha = hashlib.sha256()
     for name, t in sorted(tensors.items()):
@@ -1082,7 +1117,7 @@ def digest(tensors: dict[str, torch.Tensor]) -> str:
     return sha.hexdigest()
 
 
-def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict]:
     """What `save_tensors` wrote; FileNotFoundError or ValueError if it cannot be read."""
     if not path.exists():
         raise FileNotFoundError(f"there is no {path}; the run has not got that far, or this is not "
@@ -1091,6 +1126,7 @@ def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
             origin = json.loads(file.metadata()["mlfs"])
+        # safetensors does not notice a flipped bit
         if not isinstance(origin, dict) or origin.get("sha256") != digest(tensors):
             raise ValueError("its sha256 is not the one stored in it")
         return tensors, origin
@@ -1098,7 +1134,7 @@ def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
         raise ValueError(f"{path} is damaged or cut short: {str(error)[:200]}") from None
 
 
-def save_tensors(path: Path, tensors: dict[str, torch.Tensor], origin: dict) -> None:
+def save_tensors(path: Path, tensors: dict[str, Tensor], origin: dict) -> None:
     tensors = {name: t.detach().contiguous() for name, t in tensors.items()}
     origin = origin | {"sha256": digest(tensors)}
     with replacing(path) as beside:                  # one metadata entry: several come in any order
@@ -1113,10 +1149,10 @@ def save_adapters(folder: Path, model: SuperTransformer, settings: dict) -> None
 
 
 def save_state(folder: Path, model: SuperTransformer, optimizer: torch.optim.Optimizer,
-               U: dict[int, torch.Tensor], stage: int, step: int) -> None:
+               U: dict[int, Tensor], stage: int, step: int) -> None:
     """All that `mlfs` needs to go on: what was trained, U, AdamW's moments, stage and step."""
     tensors = {f"model.{name}": t for name, t in model.trained_state().items()}
-    tensors |= {f"U.{l}": u for l, u in U.items()}
+    tensors |= {f"U.{layer}": u for layer, u in U.items()}
     for i, moments in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{i}.{name}": t for name, t in moments.items()}
     save_tensors(folder / "state.safetensors", tensors, {"stage": stage, "step": step})
@@ -1128,19 +1164,19 @@ def load_state(folder: Path, model: SuperTransformer) -> dict | None:
     if not path.exists():
         return None
     tensors, position = read_tensors(path)
-    learned: dict[str, torch.Tensor] = {}
-    U: dict[int, torch.Tensor] = {}
-    moments: dict[int, dict[str, torch.Tensor]] = {}
+    learned: dict[str, Tensor] = {}
+    U: dict[int, Tensor] = {}
+    moments: dict[int, dict[str, Tensor]] = {}
     with naming(f"{path} is not one of ours; train anew with --overwrite"):
-        check_keys(position, {"stage": int, "step": int})
+        check_form(position, PLACE)
         for name, t in tensors.items():
-            kind, _, rest = name.partition(".")
+            kind, rest = name.split(".", 1)
             if kind == "model":
                 learned[rest] = t
             elif kind == "U":
                 U[int(rest)] = t
             else:
-                number, moment = name.removeprefix("optimizer.").split(".")
+                number, moment = rest.split(".")
                 moments.setdefault(int(number), {})[moment] = t
     with naming(path):
         model.load_trained_state(learned)
@@ -1148,68 +1184,53 @@ def load_state(folder: Path, model: SuperTransformer) -> dict | None:
     return position | {"optimizer": moments, "U": U}
 
 
-@contextmanager
-def naming(where: str | Path):
-    """Puts before the words of a ValueError where what was read stands."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
-
-
-def check_keys(row: object, keys: dict[str, type]) -> None:
-    """ValueError unless that is a JSON object with these keys, each with a value of its type."""
-    for key, kind in keys.items():
-        if not isinstance(row, dict) or not isinstance(row.get(key), kind):
-            raise ValueError(f"there is no {key!r}, or it is of the wrong type")
-
-
-def keep_log(path: Path, resume: dict | None) -> None:
-    """Drop the lines that will be written again: of a stage's start (step 0), or later ones."""
-    def kept(line: str) -> bool:
-        try:
+def cut_log(path: Path, resume: dict | None) -> None:
+    """Drops the lines that will be written again: of a stage's start (step 0), or later ones."""
+    if not path.exists():
+        return
+    at = (resume["stage"], resume["step"]) if resume else (0, 0)
+    kept = []
+    for line in path.read_text(encoding="utf-8-sig", errors="replace").splitlines(keepends=True):
+        with suppress(ValueError, RecursionError):   # a line that a crash cut off
             entry = json.loads(line)
-            at = entry["stage"], entry["step"]
-            return at < position or at == position and position[1] > 0
-        except (ValueError, KeyError, TypeError, RecursionError):    # a line cut off by a crash
-            return False
-
-    if path.exists():
-        position = (resume["stage"], resume["step"]) if resume else (0, 0)
-        text = path.read_text(encoding="utf-8-sig", errors="replace")
-        with replacing(path) as beside:
-            beside.write_text("".join(filter(kept, text.splitlines(keepends=True))),
-                              encoding="utf-8")
+            check_form(entry, PLACE)
+            place = (entry["stage"], entry["step"])
+            if place < at or place == at and at[1] > 0:
+                kept.append(line)
+    with replacing(path) as beside:
+        beside.write_text("".join(kept), encoding="utf-8")
 
 
 def write_palette(folder: Path, settings: dict, task: data.Task, rows: list[dict],
                   measured: dict) -> None:
     """palette.json and palette.md, each replaced as a whole; measured: of which adapters, how."""
-    name, note, metric = settings["task"], settings["note"], task.metrics[0]
+    name = settings["task"]
+    note = settings["note"]
+    metric = task.metrics[0]
     content = {"task": name, "metric": metric, "note": note, "measured": measured, "subnets": rows}
-    text = f"{title(name, metric, settings['data']['dev'])}\n\n{final_table(rows, metric)}\n"
+    text = f"**{note}**\n\n" if note else ""
+    text += f"{title(name, metric, settings['data']['dev'])}\n\n{final_table(rows, metric)}\n"
     if "length" in measured:
-        text += f"\n{table(rows, MEASURED_COLUMNS, metric)}\n\n{conditions(measured)}\n"
+        text += f"\n{table(rows, COLUMNS, metric)}\n\n{conditions(measured)}\n"
     write_json(folder / "palette.json", content)
     with replacing(folder / "palette.md") as path:
-        path.write_text((f"**{note}**\n\n" if note else "") + text, encoding="utf-8")
+        path.write_text(text, encoding="utf-8")
 
 
 def read_palette(folder: Path) -> dict:
     """palette.json: "metric", "measured", "subnets"; nothing in them if there is no such file.
 
-    ValueError if it lacks what `write_palette` writes. (Old ones have a "sha256" as well.)
+    ValueError if it lacks what `write_palette` writes. Earlier versions wrote a "sha256" as well.
     """
     path = folder / "palette.json"
     if not path.exists():
         return {"metric": "", "measured": {}, "subnets": []}
     content = read_json(path)
     with naming(f"{path} was damaged or edited; delete it, and evaluate.py measures anew"):
-        check_keys(content, {"metric": str, "measured": dict, "subnets": list})
+        form = SIZES | {"score": float, "stderr": float}
+        check_form(content, {"metric": str, "measured": dict, "subnets": [form]})
         for row in content["subnets"]:
-            check_keys(row, SIZE_KEYS | {"score": float, "stderr": float})
-            for score in row.get("history", {}).values():
-                check_keys({"history": score}, {"history": float})
+            check_form(row.get("history", {}), {str: float}, "history")
     return content
 
 
@@ -1218,7 +1239,7 @@ def device_name(device: str) -> str:
         return torch.cuda.get_device_name(device)
     try:
         return re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
-    except (OSError, TypeError):                                     # not Linux
+    except (OSError, TypeError):                     # not Linux
         return platform.processor() or platform.machine()
 
 
@@ -1227,8 +1248,8 @@ def conditions(measured: dict) -> str:
     what = "Scores as the training run measured them"
     if "length" in measured:
         what = "Median latency of a forward pass [10%, 90%], stand-alone and in place"
-    return f"{what}: " + ", ".join(f"{key} {value}" for key, value in measured.items()
-                                   if key != "adapters") + "."
+    how = [f"{key} {value}" for key, value in measured.items() if key != "adapters"]
+    return f"{what}: {', '.join(how)}."
 
 
 def peak_memory(device: str) -> int:
@@ -1236,15 +1257,17 @@ def peak_memory(device: str) -> int:
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device)
     try:
-        import resource                                              # absent on Windows
+        import resource  # absent on Windows
     except ImportError:
         return 0
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-RUN_KEYS = {"task": str, "note": str, "num_labels": int, "base": dict, "data": dict,
-            "hyper_parameters": dict, "space": list}
+RUN = {"task": str, "note": str, "num_labels": int, "base": {"folder": str, "sha256": str},
+       "data": {"folder": str, "dev": int}, "space": [SIZES],
+       "hyper_parameters": {"init": str, "seed": int, "rank": int, "max_length": int,
+                            "dev_examples": int}}    # what is read of run.json
 
 
 def read_run(folder: Path) -> tuple[dict, list[SubnetConfig]]:
@@ -1252,14 +1275,9 @@ def read_run(folder: Path) -> tuple[dict, list[SubnetConfig]]:
     path = folder / "run.json"
     run = read_json(path)
     with naming(f"{path} is not one of ours, or was edited"):
-        check_keys(run, RUN_KEYS)
-        check_keys(run["base"], {"folder": str, "sha256": str})
-        check_keys(run["data"], {"folder": str, "dev": int})
-        check_keys(run["hyper_parameters"], {"init": str, "seed": int, "rank": int,
-                                             "max_length": int, "dev_examples": int})
-        check_keys(data.TASKS, {run["task"]: data.Task})
-        for row in run["space"]:
-            check_keys(row, SIZE_KEYS)
+        check_form(run, RUN)
+        if run["task"] not in data.TASKS:
+            raise ValueError(f"there is no task {short(run['task'])}")
     return run, [subnet(row) for row in run["space"]]
 
 
@@ -1287,7 +1305,7 @@ def load_run(folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float
         model.load_trained_state(state)
     with naming(folder / "run.json"):
         for phi in space:
-            model.subnet_config(phi)                 # is a part of the maxnet
+            model.subnet_config(phi)                 # ValueError unless it is part of the maxnet
     run["base"]["folder"] = str(base)
     run["adapters"] = origin["sha256"]
     return run, model.to(device), space
@@ -1296,7 +1314,7 @@ def load_run(folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float
 # ---------------------------------------------------------------------------- the command line
 
 def check_device(name: str) -> str:
-    """The name, if this machine has that device; else ValueError."""
+    """The name, if this machine has that device; otherwise ValueError."""
     try:
         torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
@@ -1327,261 +1345,319 @@ def exit_on_bad_input(main: Callable[[], int]) -> int:
 
 
 BUDGETS = {"max_params": ("parameters", "parameters"), "max_macs": ("macs", "MACs per token"),
-           "max_latency_ms": ("latency_ms", "ms"), "max_size_mb": ("size_mb", "MB")}
+           "max_size_mb": ("size_mb", "MB"), "max_latency_ms": ("latency_ms", "ms")}
 
 
-def parse_arguments(argv: Iterable[str] | None) -> argparse.Namespace:
+class Parser(ArgumentParser):
+    """One whose errors are a sentence, and whose help has lines of at most 100 characters."""
+
+    def __init__(self, documentation: str):
+        def formatter(prog: str) -> RawDescriptionHelpFormatter:
+            return RawDescriptionHelpFormatter(prog, max_help_position=26, width=100)
+
+        description, _, epilog = documentation.partition("\n\n")
+        super().__init__(description=description, epilog=epilog, formatter_class=formatter,
+                         usage="python %(prog)s RUN [options]")
+
+    def error(self, message: str):
+        raise ValueError(message)
+
+
+def number(kind: type, fits: Callable[[float], bool], words: str) -> Callable[[str], float]:
+    """For argparse: reads a number that fits; otherwise the error says that it must be `words`."""
+    def read(text: str) -> float:
+        with suppress(ValueError):
+            if fits(value := kind(text)):
+                return value
+        raise ArgumentTypeError(f"must be {words}, not {text}")
+    return read
+
+
+def parse_arguments(argv: Iterable[str] | None) -> Namespace:
     """The options; ValueError for those that contradict each other, before anything is read."""
-    parser = argparse.ArgumentParser(
-        description="A finished run: measure its palette, choose a subnet, ship it, use it.")
-    parser.add_argument("run", type=Path, help="a run folder, such as runs/toy; or, with --plot, "
-                                               "its log.jsonl")
-    parser.add_argument("--model", type=Path, help="the base checkpoint; default: as in the run")
-    parser.add_argument("--data-dir", type=Path, help="holds SST-2/ etc.; default: as in the run")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, ...; default cpu")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"),
-                        help="of the weights, measured or exported; default float32")
-    parser.add_argument("--subnets", "--subnet", metavar="NAMES",
-                        help="names, separated by commas; default: the whole palette")
-    parser.add_argument("--plot", type=Path, metavar="FILE",
-                        help="draw score against parameters and latency (or, of log.jsonl, the "
-                             "training curves); needs matplotlib")
-    group = parser.add_argument_group("choosing: the best subnet within a budget; exit code 3 if "
-                                      "none fits")
-    group.add_argument("--max-params", type=float, metavar="N", help="parameters in all")
-    group.add_argument("--max-macs", type=float, metavar="N",
-                       help="multiply-accumulates per token in the layers' linear maps")
-    group.add_argument("--max-latency-ms", type=float, metavar="MS",
-                       help="median latency of the stand-alone model on this machine, batch 1")
-    group.add_argument("--max-size-mb", type=float, metavar="MB",
-                       help="10^6 bytes of weights, stored in --dtype")
-    group = parser.add_argument_group("shipping")
-    group.add_argument("--export", nargs=2, metavar=("SUBNET", "DIR"),
-                       help="write an ordinary checkpoint: config.json, model.safetensors, the "
-                            "tokenizer, a model card")
-    group.add_argument("--pad-heads", action="store_true", help="add heads of zeros where the "
-                       "transformers library could not load the checkpoint else")
-    group.add_argument("--onnx", action="store_true", help="write model.onnx as well, in float32; "
-                       "needs onnx, onnxscript and onnxruntime")
-    group = parser.add_argument_group("using a model")
-    group.add_argument("--predict", nargs="?", const="-", metavar="TEXT",
-                       help="label and probabilities by --subnet NAME; a decoder completes the "
-                            "text. Without TEXT, or with -: of each line of standard input. Pairs "
-                            "are separated by a tab; what exceeds the run's max_length is cut")
-    group.add_argument("--max-new-tokens", type=int, default=256, help="default 256")
-    group.add_argument("--temperature", type=float, default=0.0, help="default 0: greedy")
-    group.add_argument("--top-p", type=float, default=1.0, help="default 1")
-    group = parser.add_argument_group("HumanEval")
-    group.add_argument("--humaneval", type=Path, metavar="FILE", help="HumanEval.jsonl.gz")
-    group.add_argument("--allow-code-execution", action="store_true",
-                       help="run the generated programs, as the verdict needs")
-    group.add_argument("--samples", type=int, default=1, help="per problem; default 1")
-    group.add_argument("--batch-size", type=int, default=16, help="default 16")
+    positive = number(float, lambda value: value > 0, "above 0")
+    count = number(int, lambda value: value >= 1, "a whole number, at least 1")
+    warmth = number(float, lambda value: value == 0 or value >= 1e-3, "0, or at least 0.001")
+    share = number(float, lambda value: 0 < value <= 1, "above 0 and at most 1")
+
+    parser = Parser(__doc__)
+    parser.add_argument("run", type=Path, metavar="RUN",
+                        help="a run folder, such as runs/toy; with --plot also its log.jsonl")
+    add = parser.add_argument_group("measuring").add_argument
+    add("--subnets", "--subnet", metavar="NAMES",
+        help="names such as w0.5-d2, separated by commas; default: the whole palette")
+    add("--device", default="cpu", help="cpu, cuda, ...; default cpu")
+    add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"),
+        help="of the weights that are measured or exported; default float32")
+    add("--model", type=Path, metavar="DIR", help="the base checkpoint; default: as in the run")
+    add("--data-dir", type=Path, metavar="DIR",
+        help="holds the task's folder, such as SST-2/; default: as in the run")
+
+    add = parser.add_argument_group("choosing the best subnet within a budget").add_argument
+    add("--max-params", type=positive, metavar="N", help="parameters in all, embeddings included")
+    add("--max-macs", type=positive, metavar="N",
+        help="multiply-accumulates per token in the layers' linear maps")
+    add("--max-size-mb", type=positive, metavar="MB", help="10^6 bytes of weights in --dtype")
+    add("--max-latency-ms", type=positive, metavar="MS",
+        help="median milliseconds of a forward pass on this machine: batch 1, at most 128 tokens")
+
+    group = parser.add_argument_group("or one of these instead")
+    add = group.add_mutually_exclusive_group().add_argument
+    add("--plot", type=Path, metavar="FILE",
+        help="draw score against parameters and latency, or the curves of a log.jsonl, to a .png, "
+             ".svg or .pdf; needs matplotlib")
+    add("--export", nargs=2, metavar=("SUBNET", "DIR"),
+        help="write a checkpoint: config.json, model.safetensors, the tokenizer, a model card")
+    add("--predict", nargs="?", const="-", metavar="TEXT",
+        help="by --subnet NAME: label and probabilities of TEXT, a pair with a tab between; a "
+             "decoder continues it. Without TEXT, or with -: of each line of standard input")
+    add("--humaneval", type=Path, metavar="FILE",
+        help="pass@k (Chen et al., 2021) on HumanEval.jsonl.gz of github.com/openai/human-eval")
+
+    add = parser.add_argument_group("with --export").add_argument
+    add("--pad-heads", action="store_true",
+        help="add heads of zeros where the transformers library cannot load it otherwise")
+    add("--onnx", action="store_true",
+        help="write model.onnx as well, in float32; needs onnx, onnxscript and onnxruntime")
+
+    add = parser.add_argument_group("with --predict of a decoder, and --humaneval").add_argument
+    add("--max-new-tokens", type=count, default=256, metavar="N", help="of a text; default 256")
+    add("--temperature", type=warmth, default=0.0, metavar="T",
+        help="divides the logits; default 0: always the likeliest token")
+    add("--top-p", type=share, default=1.0, metavar="P",
+        help="draw among the likeliest tokens that hold this probability; default 1")
+
+    add = parser.add_argument_group("with --humaneval").add_argument
+    add("--allow-code-execution", action="store_true",
+        help="run the generated programs, as the verdict needs; they may do harm")
+    add("--samples", type=count, default=1, metavar="N", help="per problem; default 1")
+    add("--batch-size", type=count, default=16, metavar="N", help="texts at a time; default 16")
+
     args = parser.parse_args(argv)
+    asked = {key: getattr(args, option) for option, (key, _) in BUDGETS.items()}
+    args.budget = {key: most for key, most in asked.items() if most is not None}
+    check_options(args)
+    if args.plot or args.export:
+        check_targets(args)
+    return args
+
+
+def check_options(args: Namespace) -> None:
+    """ValueError for options that contradict each other."""
     if args.humaneval and not args.allow_code_execution:
         raise ValueError("--humaneval runs programs that a model wrote, which may do harm; nothing "
                          "was run: add --allow-code-execution if this machine may be exposed to "
                          "them")
-    for key in ("samples", "batch_size", "max_new_tokens"):
-        if getattr(args, key) < 1:
-            raise ValueError(f"--{key.replace('_', '-')} must be at least 1")
-    if not ((args.temperature == 0 or args.temperature >= 1e-3) and 0 < args.top_p <= 1):
-        raise ValueError("--temperature must be 0 or at least 0.001, --top-p above 0 and at most 1")
     if args.samples > 1 and args.temperature == 0:
         raise ValueError("--samples above 1 need a --temperature: greedy text is always the same")
-    args.budget = {}
-    for option, (key, _) in BUDGETS.items():
-        if (most := getattr(args, option)) is not None:
-            if not most > 0:
-                raise ValueError(f"--{option.replace('_', '-')} must be above 0, not {most:g}")
-            args.budget[key] = most
     if (args.pad_heads or args.onnx) and not args.export:
         raise ValueError("--pad-heads and --onnx go with --export SUBNET DIR")
-    args.curves = args.run.suffix == ".jsonl"
-    if args.curves and not args.plot:
-        raise ValueError(f"{args.run}: what to do with it? --plot FILE draws its curves")
-    jobs = (args.predict is not None, args.humaneval, args.export, args.plot or args.budget,
-            args.curves and (args.budget or args.subnets is not None))
-    if sum(map(bool, jobs)) > 1:
-        raise ValueError("--predict, --humaneval, --export, choosing, and drawing the curves of a "
-                         "log are different things; do one at a time")
-    try:
-        (args.predict or "").encode()
-    except UnicodeEncodeError:
-        raise ValueError("--predict: TEXT is not valid UTF-8") from None
-    folder = Path(args.export[1]) if args.export else None
-    empty = folder and folder.is_dir() and not any(folder.iterdir())
-    for path in filter(None, (args.plot, folder)):
-        if path.exists() and not empty:
-            raise FileExistsError(f"{path} exists already; choose another name, or delete it")
-    if args.plot:
-        if args.plot.suffix not in (".png", ".svg", ".pdf") or not args.plot.parent.is_dir():
-            raise ValueError(f"--plot {args.plot}: name a .png, .svg or .pdf file in a folder that "
-                             f"exists")
-        require_package("--plot", "matplotlib", "matplotlib.figure")
+    if args.budget and any((args.predict is not None, args.humaneval, args.export)):
+        raise ValueError("a --max-... budget goes with no --export, --predict or --humaneval: do "
+                         "one at a time")
+
+
+def check_targets(args: Namespace) -> None:
+    """FileExistsError, or ValueError, if what is asked for cannot be written."""
+    path = args.plot or Path(args.export[1])
+    empty = path.is_dir() and not any(path.iterdir())
+    if path.exists() and not empty:
+        raise FileExistsError(f"{path} exists already; choose another name, or delete it")
     if args.onnx:
         require_package("--onnx", "onnx onnxscript onnxruntime", "onnxscript", "onnxruntime")
-    return args
+    if args.plot:
+        if path.suffix not in (".png", ".svg", ".pdf") or not path.parent.is_dir():
+            raise ValueError(f"--plot {path}: name a .png, .svg or .pdf file in a folder that "
+                             f"exists")
+        require_package("--plot", "matplotlib", "matplotlib.figure")
+
+
+class Opened(NamedTuple):
+    """A run folder, as the options open it."""
+    folder: Path
+    settings: dict                                   # run.json
+    task: data.Task
+    model: SuperTransformer                          # adapters merged: what is shipped is measured
+    space: list[SubnetConfig]
+    subnets: list[SubnetConfig]                      # of these, what the command is about
+    tokenizer: Tokenizer
 
 
 def main(argv: Iterable[str] | None = None) -> int:
     args = parse_arguments(argv)
-    if args.curves:
-        plot_curves(args.plot, read_log(args.run))
+    if args.run.suffix == ".jsonl":
+        if not args.plot or args.budget or args.subnets:
+            raise ValueError(f"{args.run}: --plot FILE draws its curves; do one at a time")
+        plot_curves(args.plot, *read_log(args.run))
         return 0
-    problems = read_lines(args.humaneval, TASK_KEYS) if args.humaneval else []
+    problems = read_lines(args.humaneval, PROBLEM) if args.humaneval else []
     if args.humaneval and not problems:
         raise ValueError(f"{args.humaneval} has no problems")
+    run = open_run(args)
+    if args.humaneval:
+        print_humaneval(args, run, problems)
+        return 0
+    if args.predict is not None:
+        print_predictions(args, run)
+        return 0
+    return print_palette(args, run)
+
+
+def open_run(args: Namespace) -> Opened:
     dtype = getattr(torch, args.dtype)
-    run, model, space = load_run(args.run, check_device(args.device), dtype, args.model)
+    settings, model, space = load_run(args.run, check_device(args.device), dtype, args.model)
     names = [phi.name for phi in space]
     wanted = names if args.subnets is None else args.subnets.split(",")
-    for name in (*wanted, *(args.export or ())[:1]):
+    if args.export:
+        wanted = args.export[:1]
+    for name in wanted:
         if name not in names:
             raise ValueError(f"there is no subnet {name!r}; this palette has {', '.join(names)}")
     if args.predict is not None and len(wanted) > 1:
         raise ValueError(f"--predict needs one --subnet NAME out of {', '.join(names)}")
-    tokenizer = data.load_tokenizer(run["base"]["folder"], model.config["vocab_size"])
-    model = model.extract(model.maxnet)              # adapters merged: what is shipped is measured
-    chosen = [phi for phi in space if phi.name in wanted]
-    if run["note"]:
-        print(run["note"], file=sys.stderr if args.predict is not None else sys.stdout)
-    if args.humaneval:
-        print_humaneval(args, run, model, chosen, tokenizer, problems)
-        return 0
-    if args.predict is not None:
-        print_predictions(args, run, model, chosen[0], tokenizer)
-        return 0
-    rows, where = measure(args, run, model, space, wanted, tokenizer)
-    shown = [row for row in rows if row["name"] in wanted]
-    metric = data.TASKS[run["task"]].metrics[0]
+    subnets = [phi for phi in space if phi.name in wanted]
+    if settings["note"]:
+        print(settings["note"], file=sys.stderr)
+    tokenizer = data.load_tokenizer(settings["base"]["folder"], model.config["vocab_size"])
+    return Opened(args.run, settings, data.TASKS[settings["task"]], model.extract(model.maxnet),
+                  space, subnets, tokenizer)
+
+
+def print_palette(args: Namespace, run: Opened) -> int:
+    """What is asked for, from palette.json if it has that, otherwise measured and printed first."""
+    metric = run.task.metrics[0]
+    task = run.settings["task"]
+    heading = title(task, metric, run.settings["data"]["dev"])
+    stored = read_palette(run.folder)
+    now = {"adapters": run.settings["adapters"], "dtype": args.dtype,
+           "device": device_name(args.device), "threads": torch.get_num_threads(), "batch_size": 1,
+           "length": min(128, run.model.config["max_position_embeddings"]),
+           "torch": torch.__version__}
+    rows = stored_rows(args, stored, now)
+    where = conditions(stored["measured"] if rows else now)
+    if not rows:
+        rows = measured_rows(args, run, stored, now)
+        print(heading, table(rows, COLUMNS, metric), where, sep="\n\n", flush=True)
+        keep_palette(run, rows, now)
+    names = [phi.name for phi in run.subnets]
+    shown = [row for row in rows if row["name"] in names]
     if args.plot:
-        plot_palette(args.plot, shown, metric,
-                     f"{run['task']}, {Path(run['base']['folder']).name}",
-                     rows[0].get("history", {}).get("sliced teacher"))
+        teacher = rows[0].get("history", {}).get("sliced teacher")
+        plot_palette(args.plot, shown, metric, heading, teacher)
     if args.export:
-        row = next(row for row in rows if row["name"] == args.export[0])
-        phi = next(phi for phi in space if phi.name == args.export[0])
-        ship(args, run, model.extract(phi), [rows[0], row], where)
+        ship(args, run, [rows[0], shown[0]], where)
     return print_choice(shown, args.budget, metric, where) if args.budget else 0
 
 
-def measure(args: argparse.Namespace, run: dict, model: SuperTransformer,
-            space: list[SubnetConfig], wanted: list[str],
-            tokenizer: Tokenizer) -> tuple[list[dict], str]:
-    """(rows, a sentence on how they were measured): from palette.json if it has what is asked for,
-    else measured now, printed and, if it is the whole palette, written."""
-    stored, hp = read_palette(args.run), run["hyper_parameters"]
-    task, length = data.TASKS[run["task"]], min(128, model.config["max_position_embeddings"])
-    metric = task.metrics[0]
-    scored = {"adapters": run["adapters"], "dtype": args.dtype}      # what the scores depend on
-    now = scored | {"device": device_name(args.device), "threads": torch.get_num_threads(),
-                    "batch_size": 1, "length": length, "torch": torch.__version__}
-    wish = now if args.plot or args.max_latency_ms else scored
-    if (args.plot or args.export or args.budget) and not args.data_dir and (
-            wish.items() <= stored["measured"].items()):
-        return stored["subnets"], conditions(stored["measured"])
-    place = args.data_dir or run["data"]["folder"]
-    splits = {name: data.draw(data.encode(tokenizer, part, hp["max_length"]), hp["dev_examples"])
-              for name, part in data.load_task(run["task"], place, train=False).items()}
-    if (found := len(splits["dev"].ids)) != run["data"]["dev"]:
-        raise ValueError(f"{place} has {found:,} dev examples, {args.run} was measured on "
-                         f"{run['data']['dev']:,}: that is other data")
-    names = {space[0].name, *wanted, *(args.export or ())[:1]}               # shares need Φ_1
-    some = [phi for phi in space if phi.name in names]
-    history = {row["name"]: {"history": row["history"]} for row in stored["subnets"]
-               if "history" in row}
-    rows = [row | timed | history.get(row["name"], {}) for row, timed in
-            zip(palette(model, some, task, splits), latency(model, some, 1, length))]
-    print(f"{title(run['task'], metric, found)}\n\n{table(rows, MEASURED_COLUMNS, metric)}\n\n"
-          f"{conditions(now)}", flush=True)
-    if len(rows) == len(space):
+def stored_rows(args: Namespace, stored: dict, now: dict) -> list[dict]:
+    """The rows of palette.json, if they answer what is asked; otherwise none."""
+    if args.data_dir or not (args.plot or args.export or args.budget):
+        return []
+    wanted = {key: now[key] for key in ("adapters", "dtype")}        # what scores depend on
+    if args.plot or args.max_latency_ms:
+        wanted = now
+    return stored["subnets"] if wanted.items() <= stored["measured"].items() else []
+
+
+def measured_rows(args: Namespace, run: Opened, stored: dict, now: dict) -> list[dict]:
+    """A row per subnet, measured now, the maxnet's first: shares need it.
+
+    The scores of earlier moments are those of the stored palette.
+    """
+    hp = run.settings["hyper_parameters"]
+    place = args.data_dir or run.settings["data"]["folder"]
+    splits = {}
+    for name, texts in data.load_task(run.settings["task"], place, train=False).items():
+        examples = data.encode(run.tokenizer, texts, hp["max_length"])
+        splits[name] = data.draw(examples, hp["dev_examples"])
+    found = len(splits["dev"].ids)
+    if found != run.settings["data"]["dev"]:
+        raise ValueError(f"{place} has {found:,} dev examples, {run.folder} was measured on "
+                         f"{run.settings['data']['dev']:,}: that is other data")
+    asked = run.subnets if args.subnets else run.space
+    space = [phi for phi in run.space if phi == run.space[0] or phi in asked]
+    scored = palette(run.model, space, run.task, splits)
+    timed = latency(run.model, space, now["batch_size"], now["length"])
+    past = {row["name"]: {"history": row["history"]} for row in stored["subnets"]
+            if "history" in row}
+    return [row | times | past.get(row["name"], {})
+            for row, times in zip(scored, timed, strict=True)]
+
+
+def keep_palette(run: Opened, rows: list[dict], measured: dict) -> None:
+    """Stores a whole palette. Where that fails, its reader still gets the answer."""
+    if len(rows) == len(run.space):
         try:
-            write_palette(args.run, run, task, rows, now)
+            write_palette(run.folder, run.settings, run.task, rows, measured)
         except OSError as error:
             print(f"warning: the palette could not be stored: {error}", file=sys.stderr)
-    return rows, conditions(now)
 
 
-def ship(args: argparse.Namespace, run: dict, small: SuperTransformer, rows: list[dict],
-         where: str) -> None:
+def ship(args: Namespace, run: Opened, rows: list[dict], where: str) -> None:
     """--export, and what the transformers library can make of it; rows: the maxnet's, its own."""
-    task, folder, row = data.TASKS[run["task"]], Path(args.export[1]), rows[-1]
-    small, form = common_form(small, args.pad_heads)
+    maxnet, row = rows
+    small, form = common_form(run.model.extract(run.subnets[0]), args.pad_heads)
     if args.pad_heads:                               # what was measured had no heads of zeros
-        sizes = {"name": row["name"], "layers": row["layers"]}
         row = {key: value for key, value in row.items() if not key.endswith("_ms")}
-        row |= describe(small, small.maxnet) | sizes
-    card = model_card(run, [rows[0], row], task.metrics[0], form, args.dtype, where)
+        row |= describe(small, small.maxnet) | {"name": row["name"], "layers": row["layers"]}
+    card = model_card(run.settings, [maxnet, row], run.task.metrics[0], form, args.dtype, where)
+    folder = Path(args.export[1])
+    base = Path(run.settings["base"]["folder"])
     small = small.to(getattr(torch, args.dtype)).cpu()
-    export(small, folder, Path(run["base"]["folder"]), task.labels, card, args.onnx)
+    export(small, folder, base, run.task.labels, card, args.onnx)
     print(f"Wrote {row['name']} to {folder}: {row['size_mb']:.1f} MB in {args.dtype}. {form}")
 
 
-def print_predictions(args: argparse.Namespace, run: dict, model: SuperTransformer,
-                      phi: SubnetConfig, tokenizer: Tokenizer) -> None:
+def print_predictions(args: Namespace, run: Opened) -> None:
     """--predict: a line for TEXT or for each line of standard input, as soon as it is there."""
-    task, decoder = data.TASKS[run["task"]], isinstance(model, Decoder)
-    small, max_length = model, run["hyper_parameters"]["max_length"]
-    if decoder:
-        small = model.extract(phi).pack()
     stdin = args.predict == "-"
     if stdin and sys.stdin is None:
         raise ValueError("--predict: standard input is closed")
-    texts = sys.stdin.buffer if stdin else [args.predict.encode()]
-    for number, line in enumerate(texts, 1):
-        try:
-            text = line.decode().rstrip("\r\n") if stdin else args.predict
+    phi = run.subnets[0]
+    decoder = isinstance(run.model, Decoder)
+    model = run.model.extract(phi).pack() if decoder else run.model
+    for number, line in enumerate(sys.stdin.buffer if stdin else [os.fsencode(args.predict)], 1):
+        with naming(f"standard input, line {number}" if stdin else "--predict"):
+            text = line.decode().rstrip("\r\n" if stdin else "")
             if decoder:
-                said = text + generate(small, tokenizer, [text], args.max_new_tokens,
-                                       args.temperature, args.top_p)[0]
+                report = text + generate(model, run.tokenizer, [text], args.max_new_tokens,
+                                         args.temperature, args.top_p)[0]
             else:
-                said = answer(model, phi, tokenizer, task, text, max_length)
-        except ValueError as error:
-            where = f"standard input, line {number}: " if stdin else ""
-            what = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else error
-            raise ValueError(f"{where}{what}") from None
-        print(said, flush=True)
+                report = answer(model, phi, run.tokenizer, run.task, text,
+                                run.settings["hyper_parameters"]["max_length"])
+        print(report, flush=True)
 
 
 def print_choice(rows: list[dict], budget: dict[str, float], metric: str, where: str) -> int:
     """The best and the next best within the budget; exit code 3 if there is none."""
-    units = dict(BUDGETS.values())
-    number = lambda value: f"{value:,.0f}" if value >= 1e4 else f"{value:,.6g}"
-    within = ", ".join(f"{number(most)} {units[key]}" for key, most in budget.items())
+    def costs(row: dict[str, float]) -> str:
+        return ", ".join(f"{round(row[key], 3):,.12g} {unit}" for key, unit in BUDGETS.values()
+                         if key in budget)
+
     chosen = choose(rows, budget, metric)
     if not chosen:
         least = min(rows, key=lambda row: row["parameters"])
-        over = ", ".join(f"{number(least[key])} {units[key]} ({least[key] / most - 1:.0%} over)"
-                         for key, most in budget.items() if least[key] > most)
-        print(f"error: no subnet fits within {within}; the smallest, {least['name']}, has {over}",
-              file=sys.stderr)
+        print(f"error: no subnet fits within {costs(budget)}; the smallest, {least['name']}, has "
+              f"{costs(least)}", file=sys.stderr)
         return 3
-    print(f"Within {within}:")
-    for rank, row in zip(("best", "next best"), chosen):
-        latency = f", {row['latency_ms']:.2f} ms" if "latency_ms" in row else ""
-        print(f"  {rank + ':':10} {row['name']} ({quality(row, metric)}): "
-              f"{row['parameters'] / 1e6:.2f}M parameters, {row['macs'] / 1e6:.2f}M MACs per "
-              f"token, {row['size_mb']:.1f} MB{latency}")
-    print(where)
+    print(f"Within {costs(budget)}, the best first:", table(chosen[:2], COLUMNS, metric), where,
+          sep="\n\n")
     return 0
 
 
-def print_humaneval(args: argparse.Namespace, run: dict, model: SuperTransformer,
-                    space: list[SubnetConfig], tokenizer: Tokenizer, problems: list[dict]) -> None:
+def print_humaneval(args: Namespace, run: Opened, problems: list[dict]) -> None:
     """A line per subnet; its completions go to humaneval-SUBNET.jsonl in the run folder."""
-    if not isinstance(model, Decoder):
-        raise ValueError(f"{args.run} is an encoder; --humaneval needs one that generates text")
+    if not isinstance(run.model, Decoder):
+        raise ValueError(f"{run.folder} is an encoder; --humaneval needs one that generates text")
     settings = {key: getattr(args, key) for key in ("max_new_tokens", "temperature", "top_p")}
-    origin = {"adapters": data.sha256([args.run / "adapters.safetensors"]),
+    origin = {"adapters": data.sha256([run.folder / "adapters.safetensors"]),
               "problems": data.sha256([args.humaneval]), "dtype": args.dtype}
-    for phi in space:
-        path = args.run / f"humaneval-{phi.name}.jsonl"
-        found = humaneval(model.extract(phi).pack(), tokenizer, problems, path, origin,
+    for phi in run.subnets:
+        path = run.folder / f"humaneval-{phi.name}.jsonl"
+        found = humaneval(run.model.extract(phi).pack(), run.tokenizer, problems, path, origin,
                           args.samples, args.batch_size, **settings)
-        error = found.pop("stderr")
-        print(f"{phi.name}: " + ", ".join(f"{k} {100 * v:.1f}" for k, v in found.items())
-              + f" (± {100 * error:.1f}); {len(problems)} problems, {args.samples} samples each, "
+        points = ", ".join(f"{name} {100 * value:.1f}" for name, value in found.items())
+        print(f"{phi.name}: {points}; {len(problems)} problems, {args.samples} samples each, "
               f"{args.dtype}", flush=True)
 
 

@@ -675,7 +675,7 @@ def prepare(args: argparse.Namespace, given: dict) -> tuple[Run, dict | None]:
         settings = evaluate.take_folder(folder, settings, args.resume, args.overwrite)
     resume = evaluate.load_state(folder, model) if args.resume else None
     if not rank:
-        evaluate.keep_log(folder / "log.jsonl", resume)
+        evaluate.cut_log(folder / "log.jsonl", resume)
     rows = evaluate.read_palette(folder)["subnets"] if resume and not rank else []
     return Run(folder, settings, hp, task, model.to(args.device), space, train_split, held_out,
                splits, rows), resume

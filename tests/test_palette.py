@@ -188,8 +188,9 @@ def test_a_budget_is_answered_from_the_stored_palette(copy, capsys, monkeypatch)
     within = [row for row in rows if row["parameters"] <= 0.3e6]
     best, second = evaluate.choose(within, {}, "accuracy")[:2]
     out = capsys.readouterr().out
-    assert f"best:      {best['name']} " in out and f"next best: {second['name']} " in out
-    assert f"{best['parameters'] / 1e6:.2f}M parameters" in out
+    _, _, first, after = [line for line in out.splitlines() if line.startswith("|")]
+    assert first.startswith(f"| {best['name']} ") and after.startswith(f"| {second['name']} ")
+    assert f"{best['parameters'] / 1e6:.2f}M (100%)" in first
     assert "Within 300,000 parameters, 1.2 MB" in out and "as the training run" in out
 
 
@@ -219,7 +220,7 @@ def test_an_answer_is_given_even_where_it_cannot_be_stored(copy, monkeypatch, ca
     monkeypatch.setattr(evaluate, "write_palette", fail)
     assert command(copy, "--max-latency-ms", 1e6) == 0
     out, err = capsys.readouterr()
-    assert "best:" in out and err.startswith("warning: the palette could not be stored: Read-only")
+    assert "the best first:" in out and err.startswith("warning: the palette could not be stored: Read-only")
 
 
 def test_a_latency_budget_is_measured_here_once(copy, capsys, monkeypatch):
@@ -239,13 +240,14 @@ def test_a_latency_budget_is_measured_here_once(copy, capsys, monkeypatch):
     assert "no subnet fits within 4 ms" in capsys.readouterr().err
 
 
-def test_when_none_fits_the_smallest_is_named_with_what_it_lacks_and_exit_code_3(copy, capsys):
+def test_when_none_fits_the_smallest_is_named_with_what_it_has_and_exit_code_3(copy, capsys):
     assert command(copy, "--max-params", 1e5, "--max-macs", 1e9) == 3
     rows = stored(copy)
-    least = rows[-1]["parameters"]
+    least = rows[-1]
     message = capsys.readouterr().err
     assert message.count("\n") == 1
-    assert f"w0.5-d2, has {least:,} parameters ({least / 1e5 - 1:.0%} over)" in message
+    assert "no subnet fits within 100,000 parameters, 1,000,000,000 MACs per token;" in message
+    assert f"w0.5-d2, has {least['parameters']:,} parameters, {least['macs']:,} MACs" in message
 
 
 # -------------------------------------------------------------------------------------- shipping
@@ -496,11 +498,13 @@ def test_the_curves_are_the_losses_of_the_log_averaged_within_a_stage(tmp_path):
         plot = Axes.plot
         patch.setattr(Axes, "plot", lambda *a, **k: drawn.append((a[1:], k)) or plot(*a, **k))
         assert command(tmp_path / "log.jsonl", "--plot", tmp_path / "c.png") == 0
-    (x, y), _ = drawn[0]
+    labels = [(xy, k) for xy, k in drawn if "label" in k]
+    curves = [xy for xy, k in drawn if "label" not in k]
+    x, y = curves[0]
     assert list(y) == [i + 1.5 for i in range(8)] and list(x) == [25 + 10 * i for i in range(8)]
-    (x, y), _ = drawn[2]
+    x, y = curves[2]
     assert (list(x), list(y)) == ([110 + 30], [5])
-    assert [k["label"] for _, k in drawn if "label" in k] == ["a", "b"]
+    assert [k["label"] for _, k in labels] == ["a", "b"]
 
 
 # ---------------------------------------------------------------------------------- using a model
@@ -590,10 +594,10 @@ def flip(folder):
         (edit("run.json", '"intermediate_size": 192', '"intermediate_size": 1920'), "no part of"),
         (edit("run.json", '"heads": 4', '"heads": "4"'), "was edited: there is no 'heads'"),
         (edit("run.json", '"seed": 0', '"seed": []'), "was edited: there is no 'seed'"),
-        (edit("run.json", '"task": "toy"', '"task": "toys"'), "was edited: there is no 'toys'"),
+        (edit("run.json", '"task": "toy"', '"task": "toys"'), "was edited: there is no task 'toys'"),
         (edit("run.json", '"num_labels": 2', '"num_labels": 3'), "do not fit this base model"),
         (edit("run.json", '"sha256": "', '"sha256": "0'), "is not the checkpoint that"),
-        (edit("palette.json", '"score": 0.', '"score": 9, "old": 0.'), "palette.json was damaged"),
+        (edit("palette.json", '"score": 0.', '"score": "9", "old": 0.'), "palette.json was damaged"),
         (edit("palette.json", '"stage 2": 0.', '"stage 2": "a", "b": 0.'), "damaged or edited"),
         (edit("palette.json", '"subnets": [', '"subnets": [3, '), "damaged or edited; delete it"),
         (edit("palette.json", "{", ""), "palette.json is not valid JSON"),
@@ -625,12 +629,18 @@ def test_any_change_of_the_base_checkpoint_is_noticed(copy, name, capsys):
         (["--export", "w9", "out"], "there is no subnet 'w9'; this palette has w1-d4, w1-d2"),
         (["--predict", "x"], "--predict needs one --subnet NAME"),
         (["--predict", "a\tb", "--subnet", "w1-d4"], "2 parts separated by tabs; the task takes 1"),
-        (["--max-params", "-3"], "--max-params must be above 0, not -3"),
-        (["--max-latency-ms", "nan"], "--max-latency-ms must be above 0"),
+        (["--max-params", "-3"], "--max-params: must be above 0, not -3"),
+        (["--max-latency-ms", "nan"], "--max-latency-ms: must be above 0, not nan"),
+        (["--samples", "0"], "--samples: must be a whole number, at least 1, not 0"),
+        (["--batch-size", "1.5"], "--batch-size: must be a whole number, at least 1, not 1.5"),
+        (["--temperature", "1e-9"], "--temperature: must be 0, or at least 0.001, not 1e-9"),
+        (["--top-p", "1.1"], "--top-p: must be above 0 and at most 1, not 1.1"),
+        (["--colour"], "unrecognized arguments: --colour"),
+        (["--predict", "x", "--export", "w1-d4", "out"], "--export: not allowed with argument --p"),
         (["--onnx"], "go with --export"),
         (["--predict", "x", "--max-params", "3"], "do one at a time"),
         (["--export", "w1-d4", "out", "--max-params", "3"], "do one at a time"),
-        (["--predict", "\udcff", "--subnet", "w1-d4"], "TEXT is not valid UTF-8"),
+        (["--predict", "\udcff", "--subnet", "w1-d4"], "--predict: not UTF-8 text"),
         (["--subnets", ""], "there is no subnet ''"),
         (["--device", "meta"], "--device meta cannot be used here"),
     ],
@@ -639,6 +649,20 @@ def test_bad_options_are_one_sentence_and_exit_code_2(run, words, message, capsy
     assert command(run, *words) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and message in error
+
+
+@pytest.mark.parametrize("columns", ["40", "300"])
+def test_the_help_has_lines_of_at_most_100_characters_in_any_terminal(columns, monkeypatch, capsys):
+    """It names every option, the files of a run folder, and the exit codes."""
+    monkeypatch.setenv("COLUMNS", columns)
+    with pytest.raises(SystemExit):
+        evaluate.main(["--help"])
+    text = capsys.readouterr().out
+    assert 95 < max(map(len, text.splitlines())) <= 100
+    for name in evaluate.RUN_FILES:
+        assert name.replace("palette.md", "palette.json, .md") in text
+    assert "2 bad input, 3 no subnet fits the budget, 130 stopped" in text
+    assert text.index("--subnets") < text.index("--max-params") < text.index("--onnx")
 
 
 @pytest.mark.parametrize(

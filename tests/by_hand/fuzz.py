@@ -114,7 +114,7 @@ def read_resumed(folder: Path) -> object:
     evaluate.take_folder(folder / "run", settings, resume=True, overwrite=False)
     model = load_pretrained(SOURCE / "base")
     resume = evaluate.load_state(folder / "run", model)
-    evaluate.keep_log(folder / "run" / "log.jsonl", resume)
+    evaluate.cut_log(folder / "run" / "log.jsonl", resume)
     log = (folder / "run" / "log.jsonl").read_text() if resume else ""
     place = resume and (resume["stage"], resume["step"], sorted(resume["optimizer"]))
     return place, show_logits(model), len(log)
@@ -126,7 +126,7 @@ def read_palette(folder: Path) -> object:
     rows, metric = palette["subnets"], palette["metric"]
     if rows:
         evaluate.choose(rows, {"parameters": 1e9}, metric)
-        measured = evaluate.table(rows, evaluate.MEASURED_COLUMNS, metric)
+        measured = evaluate.table(rows, evaluate.COLUMNS, metric)
         conditions = evaluate.conditions(palette["measured"])
         return evaluate.final_table(rows, metric) + measured, conditions
     return palette
@@ -137,7 +137,7 @@ def read_code(folder: Path) -> object:
 
 
 def read_problems(name: str) -> Callable:
-    return lambda folder: evaluate.read_lines(folder / name, evaluate.TASK_KEYS)
+    return lambda folder: evaluate.read_lines(folder / name, evaluate.PROBLEM)
 
 
 # --------------------------------------------------------------------------------------- targets
