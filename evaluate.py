@@ -321,7 +321,7 @@ def table(rows: list[dict], keys: Iterable[str], metric: str) -> str:
         form = COLUMNS.get(key, (key, None))[1]
         text = form(row[key]) if form else show(metric, row[key])
         if key + "_range" in row:
-            text += " [{:.2f}, {:.2f}]".format(*row[key + "_range"])
+            text += f" [{', '.join(map('{:.2f}'.format, row[key + '_range']))}]"
         if key in SHARED and (key, metric) != ("score", "loss") and rows[0][key] > 0:
             text += f" ({row[key] / rows[0][key]:.0%})"
         return text
@@ -708,23 +708,6 @@ def estimate_pass_at_k(n: int, c: int, k: int) -> float:
     return 1 - math.comb(n - c, k) / math.comb(n, k)
 
 
-def read_lines(path: Path, form: dict[str, type]) -> list[dict]:
-    """A row for each line of *.jsonl or *.jsonl.gz; ValueError names file, line and missing key."""
-    if not path.exists():
-        raise FileNotFoundError(f"there is no {path}")
-    unpack = gzip.open if path.suffix == ".gz" else open
-    rows: list[dict] = []
-    try:
-        with unpack(path, "rt", encoding="utf-8-sig") as file:       # a byte-order mark is no text
-            for line in file:
-                row = json.loads(line)
-                check_form(row, form)
-                rows.append(row)
-    except (EOFError, zlib.error, gzip.BadGzipFile, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}, line {len(rows) + 1}: {error}") from None
-    return rows
-
-
 def judged_before(path: Path, made: dict) -> list[dict]:
     """The completions in a file; ValueError if they were made with other settings than these."""
     if not path.exists():
@@ -1020,7 +1003,7 @@ LOCKS: list = []                                     # open files; the system fr
 
 @contextmanager
 def naming(where: str | Path):
-    """Puts before the words of a ValueError where that stands which was read."""
+    """Adds to a ValueError where the wrong content stands."""
     try:
         yield
     except ValueError as error:
@@ -1032,7 +1015,9 @@ def check_form(value: object, form, name: str = "object") -> None:
     """ValueError unless JSON has a form: a type, [the form of each entry], {key: its form}, or
     {str: the form of each value}."""
     kind = form if isinstance(form, type) else type(form)
-    if not isinstance(value, (int, float) if kind is float else kind):
+    right = isinstance(value, (int, float) if kind is float else kind)
+    huge = isinstance(value, int) and abs(value) >= 2 ** 63
+    if huge or not right:
         raise ValueError(f"there is no {name!r}, or it is of the wrong type")
     if isinstance(form, dict):
         parts = dict.fromkeys(value, form[str]) if str in form else form
@@ -1041,6 +1026,23 @@ def check_form(value: object, form, name: str = "object") -> None:
     elif isinstance(form, list):
         for entry in value:
             check_form(entry, form[0], f"entry of {name}")
+
+
+def read_lines(path: Path, form: dict[str, type]) -> list[dict]:
+    """A row for each line of *.jsonl or *.jsonl.gz; ValueError names file, line and missing key."""
+    if not path.exists():
+        raise FileNotFoundError(f"there is no {path}")
+    unpack = gzip.open if path.suffix == ".gz" else open
+    rows: list[dict] = []
+    try:
+        with unpack(path, "rt", encoding="utf-8-sig") as file:       # a byte-order mark is no text
+            for line in file:
+                row = json.loads(line)
+                check_form(row, form)
+                rows.append(row)
+    except (EOFError, zlib.error, gzip.BadGzipFile, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}, line {len(rows) + 1}: {error}") from None
+    return rows
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -1175,9 +1177,11 @@ def load_state(folder: Path, model: SuperTransformer) -> dict | None:
                 learned[rest] = t
             elif kind == "U":
                 U[int(rest)] = t
-            else:
+            elif kind == "optimizer":
                 number, moment = rest.split(".")
                 moments.setdefault(int(number), {})[moment] = t
+            else:
+                raise ValueError(f"there is a tensor {short(name)}")
     with naming(path):
         model.load_trained_state(learned)
     model.num_stages = position["stage"] + 1         # without adapters, nothing else tells
@@ -1217,6 +1221,10 @@ def write_palette(folder: Path, settings: dict, task: data.Task, rows: list[dict
         path.write_text(text, encoding="utf-8")
 
 
+OPTIONAL = {"history": {str: float}, "latency_ms": float, "latency_ms_range": [float],
+            "slice_ms": float, "slice_ms_range": [float]}            # what a row may have as well
+
+
 def read_palette(folder: Path) -> dict:
     """palette.json: "metric", "measured", "subnets"; nothing in them if there is no such file.
 
@@ -1230,7 +1238,7 @@ def read_palette(folder: Path) -> dict:
         form = SIZES | {"score": float, "stderr": float}
         check_form(content, {"metric": str, "measured": dict, "subnets": [form]})
         for row in content["subnets"]:
-            check_form(row.get("history", {}), {str: float}, "history")
+            check_form(row, {key: kind for key, kind in OPTIONAL.items() if key in row})
     return content
 
 
@@ -1264,10 +1272,12 @@ def peak_memory(device: str) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-RUN = {"task": str, "note": str, "num_labels": int, "base": {"folder": str, "sha256": str},
-       "data": {"folder": str, "dev": int}, "space": [SIZES],
-       "hyper_parameters": {"init": str, "seed": int, "rank": int, "max_length": int,
-                            "dev_examples": int}}    # what is read of run.json
+RUN = {                                              # what is read of run.json
+    "task": str, "note": str, "base": {"folder": str, "sha256": str}, "space": [SIZES],
+    "data": {"folder": str, "dev": int},
+    "hyper_parameters": {"init": str, "seed": int, "rank": int, "max_length": int,
+                         "dev_examples": int},
+}
 
 
 def read_run(folder: Path) -> tuple[dict, list[SubnetConfig]]:
@@ -1298,7 +1308,8 @@ def load_run(folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float
     if not base_digest(base) == run["base"]["sha256"] == origin.get("base"):
         raise ValueError(f"{base} is not the checkpoint that {folder} was trained on: sha256 "
                          f"differs")
-    model = load_pretrained(base, run["num_labels"], dtype)
+    labels = data.TASKS[run["task"]].labels
+    model = load_pretrained(base, max(1, len(labels)), dtype)
     if run["hyper_parameters"]["init"] == "random":
         model.initialise(run["hyper_parameters"]["seed"])
     with naming(path):
@@ -1401,7 +1412,7 @@ def parse_arguments(argv: Iterable[str] | None) -> Namespace:
     add("--max-latency-ms", type=positive, metavar="MS",
         help="median milliseconds of a forward pass on this machine: batch 1, at most 128 tokens")
 
-    group = parser.add_argument_group("or one of these instead")
+    group = parser.add_argument_group("or one of these")
     add = group.add_mutually_exclusive_group().add_argument
     add("--plot", type=Path, metavar="FILE",
         help="draw score against parameters and latency, or the curves of a log.jsonl, to a .png, "

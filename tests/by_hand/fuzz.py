@@ -261,7 +261,7 @@ def make_source(folder: Path) -> None:
     hp = mlfs.HyperParameters(epochs=(1, 1, 0), rank=2, batch_size=4, max_length=8)
     space = mlfs.configuration_space(model.maxnet, (1, 0.5), (1, 0.5))
     settings = {
-        "task": "sst2",
+        "task": "mnli",
         "note": "",
         "num_labels": model.config["num_labels"],
         "base": {
@@ -295,7 +295,7 @@ def make_source(folder: Path) -> None:
     evaluate.write_json(run / "run.json", settings)
     evaluate.save_adapters(run, model, settings)
     evaluate.save_state(run, model, at.optimizer, at.U, at.stage, at.step)
-    evaluate.write_palette(run, settings, data.TASKS["sst2"], rows, measured)
+    evaluate.write_palette(run, settings, data.TASKS["mnli"], rows, measured)
     (run / "log.jsonl").write_text(log)
 
 
