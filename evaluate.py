@@ -415,11 +415,14 @@ def read_log(path: Path) -> tuple[dict, list[int]]:
     curves: dict[str, dict] = {}
     with naming(f"{path} is not one of ours, or was edited"):
         for entry, kind in itertools.product(entries, ("loss", "validation")):
+            stage = entry["stage"]
+            if stage not in range(3):
+                raise ValueError(f"there is no stage {stage}")
             values = entry.get(kind, {})
             check_form(values, {str: float}, kind)
             for name, value in values.items():
                 stages = curves.setdefault(kind, {}).setdefault(name, ([], [], []))
-                stages[entry["stage"]].append((starts[entry["stage"]] + entry["step"], value))
+                stages[stage].append((starts[stage] + entry["step"], value))
     if not curves:
         raise ValueError(f"{path} has no losses yet")
     return curves, starts

@@ -672,6 +672,7 @@ def test_the_help_has_lines_of_at_most_100_characters_in_any_terminal(columns, m
         ({}, ["--plot", "p.png"], "has no losses yet"),
         ({"loss": 5}, ["--plot", "p.png"], "is not one of ours"),
         ({"loss": {"a": None}}, ["--plot", "p.png"], "is not one of ours"),
+        ({"stage": 3, "loss": {"a": 1}}, ["--plot", "p.png"], "there is no stage 3"),
         ({"loss": {"a": 1}}, [], "--plot FILE draws its curves"),
         ({"loss": {"a": 1}}, ["--plot", "p.png", "--max-params", "3"], "do one at a time"),
         ({"loss": {"a": 1}}, ["--plot", "p.xyz"], "name a .png, .svg or .pdf file"),
