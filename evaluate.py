@@ -43,6 +43,7 @@ import zlib
 from argparse import ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Callable, Iterable, NamedTuple
 
@@ -135,7 +136,7 @@ def standard_error(metric: str, predictions: np.ndarray, labels: np.ndarray) -> 
     return float(np.std(scores))
 
 
-# --------------------------------------------------------------------------------- the palette
+# --------------------------------------------------------------------- the palette, and its table
 
 @torch.inference_mode()
 def predict(model: SuperTransformer, phi: SubnetConfig, examples: data.Examples,
@@ -235,7 +236,7 @@ def latency(model: SuperTransformer, space: list[SubnetConfig], batch_size: int 
         wait(device)
         return 1e3 * (time.perf_counter() - start)
 
-    times: list[dict] = [{"latency_ms": [], "slice_ms": []} for _ in space]
+    times = [{"latency_ms": [], "slice_ms": []} for _ in space]
     for _ in range(rounds):
         for phi, own in zip(space, times, strict=True):
             small = model.extract(phi)                               # one copy at a time
@@ -245,7 +246,7 @@ def latency(model: SuperTransformer, space: list[SubnetConfig], batch_size: int 
                 if run > 0:                                          # the first warms up
                     own["latency_ms"].append(alone)
                     own["slice_ms"].append(in_place)
-    rows: list[dict] = [{} for _ in space]
+    rows = [{} for _ in space]
     for row, own in zip(rows, times, strict=True):
         for key, values in own.items():
             low, row[key], high = np.quantile(values, (0.1, 0.5, 0.9)).tolist()
@@ -279,7 +280,7 @@ def choose(rows: list[dict], budget: dict[str, float], metric: str) -> list[dict
 
 def worth_shipping(rows: list[dict], metric: str) -> list[tuple[int, dict]]:
     """(n, the row to take) where the choice changes as the budget of parameters grows to n."""
-    steps: list[tuple[int, dict]] = []
+    steps = []
     for most in sorted({row["parameters"] for row in rows}):
         best = choose(rows, {"parameters": most}, metric)[0]
         if not steps or steps[-1][1] is not best:
@@ -321,7 +322,8 @@ def table(rows: list[dict], keys: Iterable[str], metric: str) -> str:
         form = COLUMNS.get(key, (key, None))[1]
         text = form(row[key]) if form else show(metric, row[key])
         if key + "_range" in row:
-            text += f" [{', '.join(map('{:.2f}'.format, row[key + '_range']))}]"
+            quantiles = [f"{value:.2f}" for value in row[key + "_range"]]
+            text += f" [{', '.join(quantiles)}]"
         if key in SHARED and (key, metric) != ("score", "loss") and rows[0][key] > 0:
             text += f" ({row[key] / rows[0][key]:.0%})"
         return text
@@ -352,14 +354,14 @@ def title(task: str, metric: str, examples: int) -> str:
 
 # ------------------------------------------------------------------------------------- pictures
 
-def require_package(option: str, packages: str, *modules: str) -> None:
+def require_package(option: str, *packages: str) -> None:
     """ValueError unless the optional packages of an option are installed."""
     try:
-        for module in modules:
-            importlib.import_module(module)
+        for package in packages:
+            importlib.import_module(package)
     except ImportError:
         raise ValueError(f"{option} needs what is not among the requirements: pip install "
-                         f"{packages}") from None
+                         f"{' '.join(packages)}") from None
 
 
 @contextmanager
@@ -392,8 +394,8 @@ def plot_palette(path: Path, rows: list[dict], metric: str, heading: str,
                     old = [points * row["history"][moment] for row in rows]
                     axis.plot(costs, old, mark, color="gray", label=f"{moment}, not trained yet")
             axis.errorbar(costs, scores, errors, fmt="o", capsize=2, label="MLFS")
-            for row, *place in zip(rows, costs, scores, strict=True):
-                axis.annotate(row["name"], place, fontsize=7, xytext=(4, -9),
+            for row, cost, score in zip(rows, costs, scores, strict=True):
+                axis.annotate(row["name"], (cost, score), fontsize=7, xytext=(4, -9),
                               textcoords="offset points")
             if teacher is not None:
                 axis.axhline(points * teacher, color="black", linestyle=":", label="teacher")
@@ -412,7 +414,7 @@ def read_log(path: Path) -> tuple[dict, list[int]]:
     for stage in range(2):
         steps = [entry["step"] for entry in entries if entry["stage"] == stage]
         starts.append(starts[-1] + max(steps, default=0))
-    curves: dict[str, dict] = {}
+    curves = {}
     with naming(f"{path} is not one of ours, or was edited"):
         for entry, kind in itertools.product(entries, ("loss", "validation")):
             stage = entry["stage"]
@@ -439,8 +441,10 @@ def plot_curves(path: Path, curves: dict, starts: list[int]) -> None:
                 for points in filter(None, stages):
                     window = min(10 if kind == "loss" else 1, math.ceil(len(points) / 3))
                     weights = np.full(window, 1 / window)
-                    x, y = (np.convolve(v, weights, "valid") for v in np.transpose(points))
-                    axis.plot(x, y, marker="." if len(x) == 1 else "", color=color)
+                    steps, values = np.transpose(points)
+                    axis.plot(np.convolve(steps, weights, "valid"),
+                              np.convolve(values, weights, "valid"),
+                              marker="." if len(points) == 1 else "", color=color)
             for start in starts[1:]:
                 axis.axvline(start, color="gray", linewidth=0.5)
             axis.set_xlabel("iterations of the three stages")
@@ -490,14 +494,15 @@ def common_form(small: SuperTransformer, pad: bool) -> tuple[SuperTransformer, s
     if pad and heads == own:
         raise ValueError(f"--pad-heads: nothing to pad, other libraries can express {shape}")
     if pad and heads is None:
-        raise ValueError(f"--pad-heads: no number of heads makes others express {shape}")
+        raise ValueError(f"--pad-heads: no number of heads helps; others cannot express {shape}")
     if heads == own:
         return small, "The transformers library can load it."
     why = f"The transformers library's {type(small).__name__} cannot express {shape}"
     if heads is None:
         return small, f"{why}, padded or not; load_pretrained of model.py reads it."
     padded = small.pad_heads(heads)
-    before, after = (millions(sum(p.numel() for p in m.parameters())) for m in (small, padded))
+    before = millions(describe(small, small.maxnet)["parameters"])
+    after = millions(describe(padded, padded.maxnet)["parameters"])
     cost = f"{heads} heads, some of zeros: {after} instead of {before} parameters"
     if pad:
         return padded, f"The transformers library can load it, padded to {cost}."
@@ -551,7 +556,7 @@ def export_onnx(small: SuperTransformer, path: Path) -> None:
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     for batch, length in itertools.product((1, 3), (min(7, room), min(128, room))):
         x = onnx_inputs(small, batch, length)
-        z, = session.run(None, {name: part.numpy() for name, part in x.items()})
+        z = session.run(None, {name: part.numpy() for name, part in x.items()})[0]
         away = (torch.from_numpy(z) - model(**x).detach()).abs()
         if isinstance(small, Decoder):                               # what padding gives is void
             away = away[x["attention_mask"].bool()]
@@ -584,7 +589,7 @@ Layers kept, from 0: {', '.join(map(str, row['layers']))}. Weights in {dtype}. {
 """
 
 
-# ---------------------------------------------------------------------------- using a model
+# --------------------------------------------------------- using a model, and generating text
 
 @torch.inference_mode()
 def answer(model: SuperTransformer, phi: SubnetConfig, tokenizer: Tokenizer, task: data.Task,
@@ -600,7 +605,7 @@ def answer(model: SuperTransformer, phi: SubnetConfig, tokenizer: Tokenizer, tas
                          f"takes {wanted}")
     rows = data.Rows([sentences], np.zeros(1, dtype=np.int64))
     device = next(model.parameters()).device
-    (x, _), = data.batches(data.encode(tokenizer, rows, max_length), 1, device=device)
+    x, _ = next(data.batches(data.encode(tokenizer, rows, max_length), 1, device=device))
     z = model(**x, phi=phi, features=())[0][0]                               # (C,)
     if not task.labels:
         return f"{z.item():.3f}"
@@ -630,7 +635,7 @@ def generate(model: SuperTransformer, tokenizer: Tokenizer, prompts: list[str],
         return sample(z / temperature, top_p, draws)
 
     def has_ended(new: list[int]) -> bool:
-        tail = tokenizer.decode(new[-longest_stop:]) if stop else ""     # a token is >= 1 letter
+        tail = tokenizer.decode(new[-longest_stop:]) if stop else ""     # a letter a token at least
         return new[-1] == end or any(word in tail for word in stop)
 
     tokenizer.no_padding()
@@ -662,7 +667,7 @@ def extend(model: SuperTransformer, phi: SubnetConfig, encoded: list[list[int]],
     ids = ids.to(device)
     mask = None if mask.all() else mask.to(device)                   # without one it is faster
     cache = Cache(total)
-    new: list[list[int]] = [[] for _ in encoded]
+    new = [[] for _ in encoded]
     running = set(range(len(encoded)))
     for length in range(longest, total):
         seen = None if mask is None else mask[:, :length]
@@ -963,9 +968,9 @@ def check_correctness(problem: dict, completion: str, timeout: float = 10.0) -> 
 
     It runs in an empty folder, under limits, and all that it started is killed in the end. Under
     root it has a user of its own. Where Linux permits, it has no network and writes nowhere else.
-    Its exits, output and tricks prove nothing: the asserts run in another process. The completion
-    can only send that what its function returns: numbers, strings and containers of them.
-    (Arguments that it changes in place are not seen there.)
+    Its exits, output and tricks prove nothing: the asserts run in another process, to which only
+    what its function returns gets: numbers, strings and containers of them. (Arguments that it
+    changes in place are not seen there.)
 
     But this is no virtual machine. A program can read what its user can, and fill the disk. Without
     root, namespaces and Landlock it can harm all that its user owns.
@@ -1036,7 +1041,7 @@ def read_lines(path: Path, form: dict[str, type]) -> list[dict]:
     if not path.exists():
         raise FileNotFoundError(f"there is no {path}")
     unpack = gzip.open if path.suffix == ".gz" else open
-    rows: list[dict] = []
+    rows = []
     try:
         with unpack(path, "rt", encoding="utf-8-sig") as file:       # a byte-order mark is no text
             for line in file:
@@ -1057,7 +1062,8 @@ def write_json(path: Path, content: dict) -> None:
 def take_folder(folder: Path, settings: dict, resume: bool, overwrite: bool) -> dict:
     """Claims a run folder, or goes on with one; returns run.json. Deletes only files of ours.
 
-    Raises FileExistsError unless one of the two was asked for, ValueError if resumed otherwise.
+    FileExistsError if it is in use and neither was asked for; ValueError if it is resumed with
+    other settings than it was started with.
     """
     if resume and overwrite:
         raise ValueError("--resume and --overwrite contradict each other; give one of them")
@@ -1169,9 +1175,9 @@ def load_state(folder: Path, model: SuperTransformer) -> dict | None:
     if not path.exists():
         return None
     tensors, position = read_tensors(path)
-    learned: dict[str, Tensor] = {}
-    U: dict[int, Tensor] = {}
-    moments: dict[int, dict[str, Tensor]] = {}
+    learned = {}
+    U = {}
+    moments = {}
     with naming(f"{path} is not one of ours; train anew with --overwrite"):
         check_form(position, PLACE)
         for name, t in tensors.items():
@@ -1365,16 +1371,13 @@ BUDGETS = {"max_params": ("parameters", "parameters"), "max_macs": ("macs", "MAC
 class Parser(ArgumentParser):
     """One whose errors are a sentence, and whose help has lines of at most 100 characters."""
 
-    def __init__(self, documentation: str):
-        def formatter(prog: str) -> RawDescriptionHelpFormatter:
-            return RawDescriptionHelpFormatter(prog, max_help_position=26, width=100)
-
+    def __init__(self, documentation: str, usage: str):
         description, _, epilog = documentation.partition("\n\n")
-        super().__init__(description=description, epilog=epilog, formatter_class=formatter,
-                         usage="python %(prog)s RUN [options]")
+        form = partial(RawDescriptionHelpFormatter, max_help_position=26, width=100)
+        super().__init__(usage=usage, description=description, epilog=epilog, formatter_class=form)
 
     def error(self, message: str):
-        raise ValueError(message)
+        raise ValueError(f"{message}; --help tells more")
 
 
 def number(kind: type, fits: Callable[[float], bool], words: str) -> Callable[[str], float]:
@@ -1391,10 +1394,10 @@ def parse_arguments(argv: Iterable[str] | None) -> Namespace:
     """The options; ValueError for those that contradict each other, before anything is read."""
     positive = number(float, lambda value: value > 0, "above 0")
     count = number(int, lambda value: value >= 1, "a whole number, at least 1")
-    warmth = number(float, lambda value: value == 0 or value >= 1e-3, "0, or at least 0.001")
+    temperature = number(float, lambda value: value == 0 or value >= 1e-3, "0, or at least 0.001")
     share = number(float, lambda value: 0 < value <= 1, "above 0 and at most 1")
 
-    parser = Parser(__doc__)
+    parser = Parser(__doc__, "python evaluate.py RUN [options]")
     parser.add_argument("run", type=Path, metavar="RUN",
                         help="a run folder, such as runs/toy; with --plot also its log.jsonl")
     add = parser.add_argument_group("measuring").add_argument
@@ -1436,7 +1439,7 @@ def parse_arguments(argv: Iterable[str] | None) -> Namespace:
 
     add = parser.add_argument_group("with --predict of a decoder, and --humaneval").add_argument
     add("--max-new-tokens", type=count, default=256, metavar="N", help="of a text; default 256")
-    add("--temperature", type=warmth, default=0.0, metavar="T",
+    add("--temperature", type=temperature, default=0.0, metavar="T",
         help="divides the logits; default 0: always the likeliest token")
     add("--top-p", type=share, default=1.0, metavar="P",
         help="draw among the likeliest tokens that hold this probability; default 1")
@@ -1478,12 +1481,12 @@ def check_targets(args: Namespace) -> None:
     if path.exists() and not empty:
         raise FileExistsError(f"{path} exists already; choose another name, or delete it")
     if args.onnx:
-        require_package("--onnx", "onnx onnxscript onnxruntime", "onnxscript", "onnxruntime")
+        require_package("--onnx", "onnx", "onnxscript", "onnxruntime")
     if args.plot:
         if path.suffix not in (".png", ".svg", ".pdf") or not path.parent.is_dir():
             raise ValueError(f"--plot {path}: name a .png, .svg or .pdf file in a folder that "
                              f"exists")
-        require_package("--plot", "matplotlib", "matplotlib.figure")
+        require_package("--plot", "matplotlib")
 
 
 class Opened(NamedTuple):
@@ -1518,6 +1521,7 @@ def main(argv: Iterable[str] | None = None) -> int:
 
 
 def open_run(args: Namespace) -> Opened:
+    """Loads the run, and finds the subnets that the options name; ValueError if it has them not."""
     dtype = getattr(torch, args.dtype)
     settings, model, space = load_run(args.run, check_device(args.device), dtype, args.model)
     names = [phi.name for phi in space]
@@ -1646,16 +1650,19 @@ def print_choice(rows: list[dict], budget: dict[str, float], metric: str, where:
     """The best and the next best within the budget; exit code 3 if there is none."""
     def costs(row: dict[str, float]) -> str:
         return ", ".join(f"{round(row[key], 3):,.12g} {unit}" for key, unit in BUDGETS.values()
-                         if key in budget)
+                         if key in row)
 
     chosen = choose(rows, budget, metric)
     if not chosen:
         least = min(rows, key=lambda row: row["parameters"])
+        has = costs({key: least[key] for key in budget})
         print(f"error: no subnet fits within {costs(budget)}; the smallest, {least['name']}, has "
-              f"{costs(least)}", file=sys.stderr)
+              f"{has}", file=sys.stderr)
         return 3
-    print(f"Within {costs(budget)}, the best first:", table(chosen[:2], COLUMNS, metric), where,
-          sep="\n\n")
+    print(f"Within {costs(budget)}, the best first:")
+    for row in chosen[:2]:
+        print(f"{row['name']} ({quality(row, metric)}): {costs(row)}")
+    print(where)
     return 0
 
 

@@ -155,7 +155,9 @@ CHEATS = {
     "pickled call": "    class P:\n        def __reduce__(self): return os.write, (1, b'passed')\n"
     "    return P()\n",
     "pickled verdict": "    class P:\n        def __reduce__(self):\n"
-    '            return eval, (\'__import__("__main__").finish("passed")\',)\n    return P()\n',
+    "            return eval, ('next(f for f in __import__(\"gc\").get_objects()'\n"
+    "                          ' if getattr(f, \"__name__\", 0) == \"finish\")(\"passed\")',)\n"
+    "    return P()\n",
     "frames": "    import gc, inspect\n    frame = sys._getframe()\n    while frame:\n"
     "        for v in [*frame.f_locals.values(), *frame.f_globals.values()]:\n"
     "            if hasattr(v, 'fileno'): os.write(v.fileno(), b'passed')\n"

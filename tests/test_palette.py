@@ -188,10 +188,11 @@ def test_a_budget_is_answered_from_the_stored_palette(copy, capsys, monkeypatch)
     within = [row for row in rows if row["parameters"] <= 0.3e6]
     best, second = evaluate.choose(within, {}, "accuracy")[:2]
     out = capsys.readouterr().out
-    _, _, first, after = [line for line in out.splitlines() if line.startswith("|")]
-    assert first.startswith(f"| {best['name']} ") and after.startswith(f"| {second['name']} ")
-    assert f"{best['parameters'] / 1e6:.2f}M (100%)" in first
-    assert "Within 300,000 parameters, 1.2 MB" in out and "as the training run" in out
+    head, first, after, where = out.splitlines()
+    assert head == "Within 300,000 parameters, 1.2 MB, the best first:"
+    assert first.startswith(f"{best['name']} ({evaluate.quality(best, 'accuracy')}): ")
+    assert f": {best['parameters']:,} parameters, {best['macs']:,} MACs per token, " in first
+    assert after.startswith(f"{second['name']} (") and "as the training run measured" in where
 
 
 @pytest.mark.parametrize("what", ["adapters", "dtype"])
@@ -457,7 +458,7 @@ def test_an_onnx_file_with_other_logits_is_not_kept(copy, wrong, monkeypatch, ca
 @pytest.mark.parametrize(
     "words, missing, advice",
     [
-        (["--plot", "p.png"], "matplotlib.figure", "pip install matplotlib"),
+        (["--plot", "p.png"], "matplotlib", "pip install matplotlib"),
         (["--export", "w1-d2", "out", "--onnx"], "onnxscript", "pip install onnx onnxscript"),
         (["--export", "w1-d2", "out", "--onnx"], "onnxruntime", "pip install onnx onnxscript"),
     ],

@@ -606,7 +606,7 @@ def main() -> int:
     elif what == "gradients":
         gradients()
     elif what == "tables":
-        evaluate.require_package("tables", "matplotlib", "matplotlib")
+        evaluate.require_package("tables", "matplotlib")
         rewrite()
     else:
         print(__doc__)
