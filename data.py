@@ -46,7 +46,7 @@ class Task(NamedTuple):
     def files(self):
         """Split -> the name of its file."""
         splits = ("train", "dev", "dev_mismatched")
-        return dict(zip(splits, ("train.tsv", *self.dev), strict=False))
+        return dict(zip(splits, ("train.tsv", *self.dev)))
 
 
 DEV = ("dev.tsv",)

@@ -1,33 +1,51 @@
-"""What a run of MLFS is worth: metrics, the palette; choosing, shipping, using a subnet; HumanEval.
+"""Measures a run of MLFS: score, size and latency of every subnet. Chooses one, ships it, uses it.
 
-    python evaluate.py runs/toy                      # score, size and latency of every subnet, here
-    python evaluate.py runs/toy --plot palette.png --max-latency-ms 0.8        # a picture; a choice
-    python evaluate.py runs/toy --export w0.5-d2 DIR           # an ordinary checkpoint of one
+    python evaluate.py runs/toy                      # the palette, on this machine
+    python evaluate.py runs/toy --max-latency-ms 0.8 # the best subnet within a budget
+    python evaluate.py runs/toy --plot palette.png   # a picture; of runs/toy/log.jsonl: its curves
+    python evaluate.py runs/toy --export w0.5-d2 DIR # an ordinary checkpoint
     python evaluate.py runs/toy --subnet w0.5-d2 --predict "the plot is clever ."
     python evaluate.py runs/python-santacoder --humaneval HumanEval.jsonl.gz --allow-code-execution
+
+A run folder holds what mlfs.py leaves, and what is measured here:
+    run.json              all settings, the base checkpoint and its sha256, the subnets' shapes
+    log.jsonl             losses and validation scores, by stage and step
+    palette.json, .md     a row per subnet: sizes, scores and, once measured here, latencies
+    adapters.safetensors  A_s, B_s, the head, the permutation: all to keep beside the base model
+    state.safetensors     what mlfs.py --resume goes on from
+    humaneval-*.jsonl     a subnet's judged completions; the same command goes on with them
+
+Exit codes: 0 done, 2 bad input, 3 no subnet fits the budget, 130 stopped.
 """
-import argparse
+import ctypes
+import glob
 import gzip
 import hashlib
 import importlib
+import inspect
 import itertools
 import json
 import logging
 import math
 import os
+import pickle
 import platform
 import re
 import shutil
+import signal
+import struct
 import subprocess
 import sys
 import tempfile
 import time
 import warnings
 import zlib
+from argparse import ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormatter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
-from typing import Callable, Iterable
+from typing import Callable, Iterable, NamedTuple
 
 import numpy as np
 import torch
@@ -38,10 +56,23 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 import data
-from model import (Cache, Decoder, ElasticLinear, SubnetConfig, SuperTransformer,
-                   checkpoint_files, common_heads, initialise, load_pretrained, load_trained_state,
-                   pad_heads, read_json, replacing, save_pretrained, short)
-
+from model import (
+    Cache,
+    Decoder,
+    ElasticLinear,
+    SubnetConfig,
+    SuperTransformer,
+    checkpoint_files,
+    common_heads,
+    initialise,
+    load_pretrained,
+    load_trained_state,
+    pad_heads,
+    read_json,
+    replacing,
+    save_pretrained,
+    short,
+)
 
 # ----------------------------------------------------------------- metrics, as pure functions
 # predictions and labels are numpy arrays of equal length; 1 is perfect.
@@ -58,19 +89,20 @@ def f1(predictions: np.ndarray, labels: np.ndarray) -> float:
 
 def matthews(predictions: np.ndarray, labels: np.ndarray) -> float:
     """Matthews correlation of two binary vectors; 0 when either is constant."""
-    return pearson(predictions, labels)                      # the same thing for 0/1 vectors
+    return pearson(predictions, labels)              # the same thing for vectors of 0 and 1
 
 
 def pearson(predictions: np.ndarray, labels: np.ndarray) -> float:
     """Linear correlation; 0 when either vector is constant."""
-    x, y = (v - np.mean(v, dtype=np.float64) for v in (predictions, labels))
+    x = predictions - np.mean(predictions, dtype=np.float64)
+    y = labels - np.mean(labels, dtype=np.float64)
     norm = np.sqrt((x * x).sum() * (y * y).sum())
     return float((x * y).sum() / norm) if norm > 0 else 0.0
 
 
 def spearman(predictions: np.ndarray, labels: np.ndarray) -> float:
     """Correlation of the ranks; ties share their mean rank."""
-    def ranks(values: np.ndarray) -> np.ndarray:
+    def ranks(values):
         _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
         return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
     return pearson(ranks(predictions), ranks(labels))
@@ -79,38 +111,42 @@ def spearman(predictions: np.ndarray, labels: np.ndarray) -> float:
 METRICS: dict[str, Callable] = {f.__name__: f for f in (accuracy, f1, matthews, pearson, spearman)}
 
 
-def show(metric: str, value: float) -> str:
+def show(metric, value):
     """A loss in nats; all else in points, 0 to 100."""
     return f"{value:.3f}" if metric == "loss" else f"{100 * value:.1f}"
 
 
-def quality(row: dict, metric: str) -> str:
+def quality(row, metric):
     return f"{show(metric, row['score'])} ± {show(metric, row['stderr'])}"
 
 
-def gain(metric: str, old: float, new: float) -> float:
+def gain(metric, old, new):
     """How much better `new` is: a loss is better when it is lower."""
     return old - new if metric == "loss" else new - old
 
 
-def standard_error(metric: str, predictions: np.ndarray, labels: np.ndarray) -> float:
+def standard_error(metric, predictions, labels):
     """√(p(1-p)/n) for accuracy; for the others the spread over 500 seeded bootstrap samples."""
     n = len(labels)
     if metric == "accuracy":
         p = accuracy(predictions, labels)
         return float(np.sqrt(p * (1 - p) / n))
     rng = np.random.default_rng(0)
-    samples = (rng.integers(n, size=n) for _ in range(500))
-    return float(np.std([METRICS[metric](predictions[i], labels[i]) for i in samples]))
+    scores = []
+    for _ in range(500):
+        drawn = rng.integers(n, size=n)
+        scores.append(METRICS[metric](predictions[drawn], labels[drawn]))
+    return float(np.std(scores))
 
 
-# --------------------------------------------------------------------------------- the palette
+# --------------------------------------------------------------------- the palette, and its table
 
 @torch.inference_mode()
-def predict(model: SuperTransformer, phi: SubnetConfig, examples: data.Examples,
-            batch_size: int = 64) -> tuple[np.ndarray, np.ndarray]:
+def predict(model, phi, examples, batch_size=64):
     """Predicted classes (or scores) and their labels, shortest example first."""
-    device, outputs, labels = next(model.parameters()).device, [], []
+    device = next(model.parameters()).device
+    outputs = []
+    labels = []
     for x, y in data.batches(examples, batch_size, device=device):
         z, _ = model(**x, phi=phi, features=())                                  # (B, C)
         outputs.append(z.argmax(-1) if z.size(-1) > 1 else z[:, 0])
@@ -119,14 +155,15 @@ def predict(model: SuperTransformer, phi: SubnetConfig, examples: data.Examples,
 
 
 @torch.inference_mode()
-def next_token_losses(model: SuperTransformer, phi: SubnetConfig, examples: data.Examples,
-                      batch_size: int = 8) -> np.ndarray:
+def next_token_losses(model, phi, examples, batch_size=8):
     """Cross-entropy in nats per next token, mean over each window (M,)."""
-    device, means = next(model.parameters()).device, []
+    device = next(model.parameters()).device
+    means = []
     for x, y in data.batches(examples, batch_size, device=device):
-        s, _ = model.encode(**x, phi=phi)                                        # (B, T, H)
-        for states, targets in zip(s, y):                    # one window's logits (T, V) at a time
-            means.append(F.cross_entropy(model.logits(states), targets, ignore_index=data.IGNORED))
+        windows, _ = model.encode(**x, phi=phi)                                  # (B, T, H)
+        for states, targets in zip(windows, y):     # one window's logits at a time
+            z = model.logits(states)                                             # (T, V)
+            means.append(F.cross_entropy(z, targets, ignore_index=data.IGNORED))
     return torch.stack(means).cpu().numpy()
 
 
@@ -148,13 +185,18 @@ def evaluate(model: SuperTransformer, phi: SubnetConfig, task: data.Task,
     return {"score": values[first], "stderr": standard_error(first, predictions, labels)} | values
 
 
-def describe(model: SuperTransformer, phi: SubnetConfig) -> dict:
-    """Φ's sizes, counted on its stand-alone model: parameters in all and in the encoder's layers.
+SIZES = {"name": str, "heads": int, "hidden_size": int, "intermediate_size": int, "layers": list,
+         "parameters": int, "size_mb": float, "encoder_parameters": int, "macs": int}
+
+
+def describe(model, phi):
+    """SIZES of Φ, counted on its stand-alone model: parameters in all and in the encoder's layers.
 
     "macs" are the multiply-accumulates per token of the layers' linear maps, attention left out;
     "size_mb" is 10^6 bytes on disk, in the model's number format.
     """
-    small, dtype = model.skeleton(phi), next(model.parameters()).dtype
+    small = model.skeleton(phi)
+    dtype = next(model.parameters()).dtype
     linears = [m for m in small.layers.modules() if isinstance(m, ElasticLinear)]
     parameters = sum(p.numel() for p in small.parameters())
     return {"name": phi.name, "heads": phi.num_attention_heads, "hidden_size": phi.hidden_size,
@@ -164,7 +206,7 @@ def describe(model: SuperTransformer, phi: SubnetConfig) -> dict:
             "macs": sum(linear.weight.numel() for linear in linears)}
 
 
-def subnet(row: dict) -> SubnetConfig:
+def subnet(row):
     """Φ of a row."""
     return SubnetConfig(row["hidden_size"], row["heads"], row["intermediate_size"],
                         tuple(row["layers"]), row["name"])
@@ -187,29 +229,33 @@ def latency(model: SuperTransformer, space: list[SubnetConfig], batch_size: int 
     """
     device = next(model.parameters()).device
     ids = torch.ones(batch_size, length, dtype=torch.long, device=device)
-    times: dict[tuple, list[float]] = {}
+
+    def milliseconds(forward, *inputs):
+        wait(device)
+        start = time.perf_counter()
+        forward(*inputs, features=())
+        wait(device)
+        return 1e3 * (time.perf_counter() - start)
+
+    times = [{"latency_ms": [], "slice_ms": []} for _ in space]
     for _ in range(rounds):
-        for phi in space:
+        for phi, own in zip(space, times):
             small = model.extract(phi)                               # one copy at a time
-            for run in range(-1, runs):
-                for key, form in (("latency_ms", lambda: small(ids, features=())),
-                                  ("slice_ms", lambda: model(ids, None, phi, features=()))):
-                    wait(device)
-                    start = time.perf_counter()
-                    form()
-                    wait(device)
-                    if run >= 0:
-                        elapsed = 1e3 * (time.perf_counter() - start)
-                        times.setdefault((phi, key), []).append(elapsed)
-    rows: list[dict] = [{} for _ in space]
-    for row, phi in zip(rows, space):
-        for key in ("latency_ms", "slice_ms"):
-            low, row[key], high = np.quantile(times[phi, key], (0.1, 0.5, 0.9)).tolist()
+            for run in range(1 + runs):
+                alone = milliseconds(small, ids)
+                in_place = milliseconds(model, ids, None, phi)
+                if run > 0:                                          # the first warms up
+                    own["latency_ms"].append(alone)
+                    own["slice_ms"].append(in_place)
+    rows = [{} for _ in space]
+    for row, own in zip(rows, times):
+        for key, values in own.items():
+            low, row[key], high = np.quantile(values, (0.1, 0.5, 0.9)).tolist()
             row[key + "_range"] = [low, high]
     return rows
 
 
-def wait(device: torch.device) -> None:
+def wait(device):
     """Until a GPU has done what it was given."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
@@ -220,7 +266,7 @@ def choose(rows: list[dict], budget: dict[str, float], metric: str) -> list[dict
 
     The one-standard-error rule: of those within a standard error of the best, the smallest wins.
     """
-    def worth(row: dict) -> float:                                   # what is not a number is worst
+    def worth(row):                                                  # what is not a number is worst
         return -math.inf if math.isnan(row["score"]) else gain(metric, 0, row["score"])
 
     left = [row for row in rows if all(row[key] <= most for key, most in budget.items())]
@@ -233,185 +279,183 @@ def choose(rows: list[dict], budget: dict[str, float], metric: str) -> list[dict
     return chosen
 
 
-def worth_shipping(rows: list[dict], metric: str) -> list[tuple[int, dict]]:
+def worth_shipping(rows, metric):
     """(n, the row to take) where the choice changes as the budget of parameters grows to n."""
-    front: list[tuple[int, dict]] = []
+    steps = []
     for most in sorted({row["parameters"] for row in rows}):
         best = choose(rows, {"parameters": most}, metric)[0]
-        if not front or front[-1][1] is not best:
-            front.append((most, best))
-    return front
+        if not steps or steps[-1][1] is not best:
+            steps.append((most, best))
+    return steps
 
 
-def table(rows: list[dict], columns: dict[str, str], metric: str) -> str:
-    """Markdown; columns maps a key to its heading. Sizes and times: also as a share of row 1's."""
-    lines = [list(columns.values())] + [[cell(row, key, rows[0], metric) for key in columns]
-                                        for row in rows]
+def millions(count):
+    return f"{count / 1e6:.2f}M"
+
+
+COLUMNS: dict[str, tuple[str, Callable | None]] = {  # of a row: heading, format (None: a score's)
+    "name": ("subnet", str),
+    "heads": ("heads", str),
+    "intermediate_size": ("FFN", str),
+    "hidden_size": ("hidden", str),
+    "layers": ("layers", lambda layers: str(len(layers))),
+    "parameters": ("parameters", millions),
+    "encoder_parameters": ("encoder", millions),
+    "macs": ("MACs per token", millions),
+    "size_mb": ("on disk", "{:.1f} MB".format),
+    "score": ("score", None),
+    "stderr": ("± s.e.", None),
+    "latency_ms": ("latency, ms", "{:.2f}".format),
+    "slice_ms": ("in place, ms", "{:.2f}".format),
+}
+SHARED = ("parameters", "encoder_parameters", "macs", "size_mb", "score", "latency_ms", "slice_ms")
+
+
+def table(rows, keys, metric):
+    """Markdown, a line per row; of the keys those that the first row has.
+
+    After SHARED values stands their share of the first row's, unless that means nothing: of a loss,
+    of a score that is 0 or less. A latency's 10% and 90% quantiles stand in brackets.
+    """
+    def cell(row, key):
+        if key not in row:                           # the latency of a padded subnet
+            return ""
+        form = COLUMNS.get(key, (key, None))[1]
+        text = form(row[key]) if form else show(metric, row[key])
+        if key + "_range" in row:
+            quantiles = [f"{value:.2f}" for value in row[key + "_range"]]
+            text += f" [{', '.join(quantiles)}]"
+        if key in SHARED and (key, metric) != ("score", "loss") and rows[0][key] > 0:
+            text += f" ({row[key] / rows[0][key]:.0%})"
+        return text
+
+    keys = [key for key in keys if key in rows[0]]
+    lines = [[COLUMNS.get(key, (key, None))[0] for key in keys]]
+    lines += [[cell(row, key) for key in keys] for row in rows]
     widths = [max(map(len, column)) for column in zip(*lines)]
-    rule = [":" + "-" * (widths[0] - 1)] + ["-" * (w - 1) + ":" for w in widths[1:]]
-    lines.insert(1, rule)
-    return "\n".join("| " + " | ".join([line[0].ljust(widths[0])] + [
-        text.rjust(width) for text, width in zip(line[1:], widths[1:])]) + " |" for line in lines)
+    lines.insert(1, ["-" * width for width in widths])
+    return "\n".join("| " + " | ".join(map(str.ljust, cells, widths)) + " |" for cells in lines)
 
 
-def cell(row: dict, key: str, first: dict, metric: str) -> str:
-    if key == "quality":
-        share = metric != "loss" and first["score"] > 0              # of a correlation, perhaps not
-        return quality(row, metric) + (f" ({row['score'] / first['score']:.0%})" if share else "")
-    value = row.get(key, "")
-    if value == "":
-        return value
-    if key == "layers":
-        return str(len(value))
-    if key.endswith(("parameters", "macs")):
-        return f"{value / 1e6:.2f}M ({value / first[key]:.0%})"
-    if key == "size_mb":
-        return f"{value:.1f} MB ({value / first[key]:.0%})"
-    if key.endswith("_ms"):
-        low, high = row[key + "_range"]
-        return f"{value:.2f} ({low:.2f}-{high:.2f}; {value / first[key]:.0%})"
-    return show(metric, value) if isinstance(value, float) else str(value)
-
-
-COLUMNS = {"name": "subnet", "parameters": "parameters", "encoder_parameters": "encoder"}
-
-
-def final_table(rows: list[dict], metric: str, last: int = 0) -> str:
+def final_table(rows, metric, last=0):
     """The palette with a column for each of the `last` moments that were measured (0: for all),
     oldest first, the standard error of the last, and the task's other metrics then."""
-    moments = [*rows[0].get("history", ["score"])][-last:]
-    others = [key for key in rows[0] if key in (*METRICS, "accuracy_mismatched")][1:]
-    columns = COLUMNS | {key: key for key in moments} | {"stderr": "± s.e."}
-    columns |= {key: key for key in others}
-    return table([row | row.get("history", {}) for row in rows], columns, metric)
+    moments = list(rows[0].get("history", ["score"]))
+    if last:
+        moments = moments[-last:]
+    others = [key for key in (*METRICS, "accuracy_mismatched") if key != metric]
+    keys = ["name", "parameters", "encoder_parameters", *moments, "stderr", *others]
+    return table([row | row.get("history", {}) for row in rows], keys, metric)
 
 
-def palette_table(rows: list[dict], metric: str) -> str:
-    """What each subnet is, gives and costs; latency where it was measured."""
-    columns = {"name": "subnet", "heads": "heads", "intermediate_size": "FFN",
-               "hidden_size": "hidden", "layers": "layers", "parameters": "parameters",
-               "encoder_parameters": "encoder", "macs": "MACs per token", "size_mb": "on disk",
-               "quality": "score ± s.e.", "latency_ms": "latency, ms", "slice_ms": "in place, ms"}
-    return table(rows, {key: columns[key] for key in columns
-                        if key in rows[0] or key == "quality"}, metric)
-
-
-def title(task: str, metric: str, examples: int) -> str:
+def title(task, metric, examples):
     unit = "in nats per token, lower is better" if metric == "loss" else "in points"
     return f"{task}, {metric} on dev ({examples:,} examples), {unit}"
 
 
 # ------------------------------------------------------------------------------------- pictures
 
-def need(option: str, packages: str, *modules: str) -> None:
+def require_package(option, *packages):
     """ValueError unless the optional packages of an option are installed."""
     try:
-        for module in modules:
-            importlib.import_module(module)
+        for package in packages:
+            importlib.import_module(package)
     except ImportError:
         raise ValueError(f"{option} needs what is not among the requirements: pip install "
-                         f"{packages}") from None
+                         f"{' '.join(packages)}") from None
 
 
 @contextmanager
-def picture(path: Path, panels: int):
+def picture(path, panels):
     """Yields matplotlib's figure and axes, written to `path` once the block ends well."""
-    from matplotlib.figure import Figure             # an optional extra
+    from matplotlib.figure import Figure  # an optional extra
+
     figure = Figure(figsize=(5.5 * panels, 4.2), layout="constrained")
     yield figure, figure.subplots(1, panels, squeeze=False)[0]
     with replacing(path) as beside:
         figure.savefig(beside, format=path.suffix[1:], dpi=120)
 
 
-def pareto(rows: list[dict], key: str, metric: str) -> list[dict]:
-    """The rows that score higher than all that cost no more, cheapest first."""
-    front: list[dict] = []
-    for row in sorted(rows, key=lambda row: (row[key], -gain(metric, 0, row["score"]))):
-        if not front or gain(metric, front[-1]["score"], row["score"]) > 0:
-            front.append(row)
-    return front
-
-
-def plot_palette(path: Path, rows: list[dict], metric: str, heading: str, teacher: float | None,
-                 others: dict[str, list[dict]]) -> None:
-    """Score against parameters and against latency, with standard errors, the Pareto front, the
-    teacher's score, its slices before stages 1 and 2, and the palettes of other runs."""
-    factor = 1 if metric == "loss" else 100
-    with picture(path, 2) as (figure, axes):
+def plot_palette(path, rows, metric, heading, teacher):
+    """Score against parameters and against latency, with standard errors; the teacher's score, and
+    its slices before stages 1 and 2."""
+    points = 1 if metric == "loss" else 100
+    scores = [points * row["score"] for row in rows]
+    errors = [points * row["stderr"] for row in rows]
+    with picture(path, 2) as (figure, (left, right)):
         figure.suptitle(heading)
-        for axis, (key, scale, label) in zip(axes, (("parameters", 1e6, "parameters, millions"),
-                                                    ("latency_ms", 1, "latency, ms"))):
-            def draw(some: list[dict], **style) -> None:
-                axis.errorbar([row[key] / scale for row in some],
-                              [factor * row["score"] for row in some],
-                              [factor * row["stderr"] for row in some], capsize=2, **style)
-
+        left.set_xlabel("parameters, millions")
+        left.set_ylabel(metric)
+        right.set_xlabel("latency, ms")
+        for axis, key, unit in ((left, "parameters", 1e6), (right, "latency_ms", 1)):
+            costs = [row[key] / unit for row in rows]
             for moment, mark in (("sliced teacher", "x"), ("reordered", "+")):
-                if old := [row for row in rows if moment in row.get("history", {})]:
-                    axis.plot([row[key] / scale for row in old],
-                              [factor * row["history"][moment] for row in old], mark,
-                              color="gray", label=f"{moment}, not trained further")
-            front = pareto(rows, key, metric)
-            axis.plot([row[key] / scale for row in front],
-                      [factor * row["score"] for row in front], color="C0", label="Pareto front")
-            draw(rows, fmt="o", color="C0", label="MLFS")
-            for row in rows:
-                axis.annotate(row["name"], (row[key] / scale, factor * row["score"]), fontsize=7,
-                              xytext=(4, -9), textcoords="offset points")
-            for i, (name, other) in enumerate(others.items(), 1):
-                draw([row for row in other if key in row], fmt="s", color=f"C{i}", label=name)
+                if moment in rows[0].get("history", {}):
+                    old = [points * row["history"][moment] for row in rows]
+                    axis.plot(costs, old, mark, color="gray", label=f"{moment}, not trained yet")
+            axis.errorbar(costs, scores, errors, fmt="o", capsize=2, label="MLFS")
+            for row, cost, score in zip(rows, costs, scores):
+                axis.annotate(row["name"], (cost, score), fontsize=7, xytext=(4, -9),
+                              textcoords="offset points")
             if teacher is not None:
-                axis.axhline(factor * teacher, color="black", linestyle=":", label="teacher")
-            axis.set_xlabel(label)
+                axis.axhline(points * teacher, color="black", linestyle=":", label="teacher")
             axis.grid(alpha=0.3)
-        axes[0].set_ylabel("loss, nats per token" if metric == "loss" else f"{metric}, points")
-        axes[0].legend(fontsize=7)
+        left.legend(fontsize=7)
 
 
-def plot_curves(path: Path, logs: dict[str, list[dict]]) -> None:
-    """Losses per subnet, averaged over 10 logged steps, and validation scores, over the iterations
-    of all stages (Figs. 2, 5 and 7)."""
-    kinds = [kind for kind in ("loss", "validation")
-             if any(kind in entry for log in logs.values() for entry in log)]
-    for log, entries in logs.items():
-        if not any(kind in entry for kind in kinds for entry in entries):
-            raise ValueError(f"{log} has no losses yet")
-        drawn = [entry.get(kind, {}) for entry in entries for kind in kinds]
-        if not all(isinstance(part, dict) and all(isinstance(value, (int, float))
-                                                  for value in part.values()) for part in drawn):
-            raise ValueError(f"{log} is not one of ours, or was edited")
-    names = list(dict.fromkeys(name for log in logs.values() for entry in log for kind in kinds
-                               for name in entry.get(kind, {})))
-    styles = dict(zip(logs, itertools.cycle(("-", "--", ":", "-."))))
-    with picture(path, len(kinds)) as (figure, axes):
-        figure.suptitle(", ".join(f"{style} {log}" for log, style in styles.items()), fontsize=8)
-        for (log, entries), kind in itertools.product(logs.items(), kinds):
-            axis, start = axes[kinds.index(kind)], 0
-            for stage in range(3):
-                part = [entry for entry in entries if entry["stage"] == stage]
-                for i, name in enumerate(names):
-                    points = [(start + entry["step"], entry[kind][name]) for entry in part
-                              if name in entry.get(kind, {})]
-                    if points:
-                        window = np.ones(min(10, -(-len(points) // 3)) if kind == "loss" else 1)
-                        x, y = (np.convolve(v, window / len(window), "valid")
-                                for v in zip(*points))
-                        axis.plot(x, y, styles[log], marker="." * (len(x) == 1) or None,
-                                  color=f"C{i % 10}", linewidth=1)
-                start += max((entry["step"] for entry in part), default=0)
+def read_log(path):
+    """Curves of a log.jsonl, and the iterations at which the three stages start.
+
+    A curve is [(iteration, value)], kept by kind ("loss", "validation"), subnet and stage.
+    ValueError if there is none, or what no run wrote.
+    """
+    entries = read_lines(path, PLACE)
+    starts = [0]
+    for stage in range(2):
+        steps = [entry["step"] for entry in entries if entry["stage"] == stage]
+        starts.append(starts[-1] + max(steps, default=0))
+    curves = {}
+    with naming(f"{path} is not one of ours, or was edited"):
+        for entry, kind in itertools.product(entries, ("loss", "validation")):
+            stage = entry["stage"]
+            if stage not in range(3):
+                raise ValueError(f"there is no stage {stage}")
+            values = entry.get(kind, {})
+            check_form(values, {str: float}, kind)
+            for name, value in values.items():
+                stages = curves.setdefault(kind, {}).setdefault(name, ([], [], []))
+                stages[stage].append((starts[stage] + entry["step"], value))
+    if not curves:
+        raise ValueError(f"{path} has no losses yet")
+    return curves, starts
+
+
+def plot_curves(path, curves, starts):
+    """Losses per subnet, means over 10 logged steps, and validation scores, over the iterations of
+    all stages (Figs. 2, 5 and 7); see `read_log`."""
+    with picture(path, len(curves)) as (_, axes):
+        for axis, (kind, subnets) in zip(axes, curves.items()):
+            for i, (name, stages) in enumerate(sorted(subnets.items())):
+                color = f"C{i % 10}"
+                axis.plot([], [], color=color, label=name)
+                for points in filter(None, stages):
+                    window = min(10 if kind == "loss" else 1, math.ceil(len(points) / 3))
+                    weights = np.full(window, 1 / window)
+                    steps, values = np.transpose(points)
+                    axis.plot(np.convolve(steps, weights, "valid"),
+                              np.convolve(values, weights, "valid"),
+                              marker="." if len(points) == 1 else "", color=color)
+            for start in starts[1:]:
                 axis.axvline(start, color="gray", linewidth=0.5)
-        for axis, kind in zip(axes, kinds):
             axis.set_xlabel("iterations of the three stages")
             axis.set_ylabel("training loss" if kind == "loss" else "validation score")
-        for i, name in enumerate(names):
-            axes[0].plot([], [], color=f"C{i % 10}", label=name)
-        axes[0].legend(fontsize=7)
+            axis.legend(fontsize=7)
 
 
 # ------------------------------------------------------------------------------------- shipping
 
 @contextmanager
-def new_folder(folder: Path):
+def new_folder(folder):
     """Yields a folder to fill; it becomes `folder` (absent or empty) once the block ends well."""
     folder = folder.resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -422,11 +466,12 @@ def new_folder(folder: Path):
         os.replace(beside, folder)
 
 
-def export(small: SuperTransformer, folder: Path, base: Path, labels: tuple[str, ...],
-           card: str, onnx: bool = False) -> str:
+def export(small, folder, base, labels, card, onnx=False):
     """An ordinary checkpoint of a merged subnet: config.json, model.safetensors, the base's
-    tokenizer (from vocab.txt alone also as tokenizer.json, as we read it), a model card and, if
-    wanted, model.onnx. Returns what that does, if it is."""
+    tokenizer, a model card and, if wanted, model.onnx.
+
+    A tokenizer of vocab.txt alone is stored as tokenizer.json as well, as we read it.
+    """
     with new_folder(folder) as beside:
         save_pretrained(small, beside, labels)
         for name in data.TOKENIZER_FILES:
@@ -435,99 +480,95 @@ def export(small: SuperTransformer, folder: Path, base: Path, labels: tuple[str,
         if not (base / "tokenizer.json").exists():
             data.load_tokenizer(base).save(str(beside / "tokenizer.json"))
         (beside / "README.md").write_text(card, encoding="utf-8")
-        return export_onnx(small, beside / "model.onnx") if onnx else ""
+        if onnx:
+            export_onnx(small, beside / "model.onnx")
 
 
-def common_form(small: SuperTransformer, pad: bool) -> tuple[SuperTransformer, str]:
+def common_form(small, pad):
     """The model with heads of zeros added if `pad`, and what other libraries can make of it."""
-    c, whole = small.config, small.maxnet
-    N, D, H = whole.num_attention_heads, c["head_dim"], c["hidden_size"]
-    heads, shape = common_heads(small), f"{N} heads of {D} at hidden size {H}"
-    if heads == N:
-        if pad:
-            raise ValueError(f"--pad-heads: nothing to pad, other libraries can express {shape}")
+    config = small.config
+    own = config["num_attention_heads"]
+    shape = f"{own} heads of {config['head_dim']} at hidden size {config['hidden_size']}"
+    heads = common_heads(small)
+    if pad and heads == own:
+        raise ValueError(f"--pad-heads: nothing to pad, other libraries can express {shape}")
+    if pad and heads is None:
+        raise ValueError(f"--pad-heads: no number of heads helps; others cannot express {shape}")
+    if heads == own:
         return small, "The transformers library can load it."
     why = f"The transformers library's {type(small).__name__} cannot express {shape}"
     if heads is None:
-        if pad:
-            raise ValueError(f"--pad-heads: no number of heads from {N} on fits hidden size {H}")
         return small, f"{why}, padded or not; load_pretrained of model.py reads it."
-    padded, more = pad_heads(small, heads), heads - N
-    old, new = (describe(model, model.maxnet) for model in (small, padded))
-    cost = (f"{more} head{'s' * (more > 1)} of zeros: {new['parameters'] / 1e6:.2f}M instead of "
-            f"{old['parameters'] / 1e6:.2f}M parameters, {new['macs'] / 1e6:.2f}M instead of "
-            f"{old['macs'] / 1e6:.2f}M MACs per token")
+    padded = pad_heads(small, heads)
+    before = millions(describe(small, small.maxnet)["parameters"])
+    after = millions(describe(padded, padded.maxnet)["parameters"])
+    cost = f"{heads} heads, some of zeros: {after} instead of {before} parameters"
     if pad:
-        return padded, f"The transformers library can load it, thanks to {cost}."
-    return small, f"{why}; load_pretrained of model.py reads it; --pad-heads would add {cost}."
+        return padded, f"The transformers library can load it, padded to {cost}."
+    return small, f"{why}; load_pretrained of model.py reads it; --pad-heads makes it {cost}."
 
 
-def export_onnx(small: SuperTransformer, path: Path) -> str:
-    """Writes float32 ONNX with dynamic batch and length; checks its logits, compares its latency.
+class Logits(torch.nn.Module):
+    """The model with the input names that other libraries use; its only output is z."""
 
-    Raises ValueError if a logit differs by more than 1e-3.
-    """
-    import onnxruntime                               # an optional extra, as is onnxscript, in torch
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
 
-    class Logits(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.model = small.float().cpu()
+    def forward(self, input_ids, attention_mask, token_type_ids=None):
+        segments = {} if token_type_ids is None else {"segments": token_type_ids}
+        return self.model(input_ids, attention_mask, features=(), **segments)[0]
 
-        def forward(self, input_ids, attention_mask, token_type_ids=None):
-            more = {} if token_type_ids is None else {"segments": token_type_ids}
-            return self.model(input_ids, attention_mask, features=(), **more)[0]
 
-    decoder = isinstance(small, Decoder)
-    names = ["input_ids", "attention_mask", "token_type_ids"][:2 if decoder else 3]
-    room = small.max_tokens
+def onnx_inputs(model, batch, length):
+    """Random inputs (batch, length); the last of several rows is padded by half."""
     draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(model.config["vocab_size"], (batch, length), generator=draw)
+    mask = torch.ones_like(ids)
+    if batch > 1:
+        mask[-1, max(1, length // 2):] = 0
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    if isinstance(model, Decoder):
+        return inputs
+    kinds = model.config["type_vocab_size"]
+    return inputs | {"token_type_ids": torch.randint(kinds, ids.shape, generator=draw)}
 
-    def example(batch: int, length: int) -> dict[str, torch.Tensor]:
-        ids = torch.randint(small.config["vocab_size"], (batch, length), generator=draw)
-        mask = torch.ones_like(ids)
-        mask[-1, max(1, length // 2):] = batch == 1                  # the last row is padded
-        segments = torch.randint(small.config.get("type_vocab_size", 1), ids.shape, generator=draw)
-        return dict(zip(names, (ids, mask, segments)))
 
+def export_onnx(small, path):
+    """Writes float32 ONNX with dynamic batch and length.
+
+    ValueError if onnxruntime's logits differ by more than 1e-3 from ours.
+    """
+    import onnxruntime  # an optional extra, as is onnxscript, in torch
+
+    model = Logits(small.float().cpu())
+    room = small.max_tokens
+    example = onnx_inputs(small, 2, min(8, room))
     axes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length", max=room)}
-    model = Logits()
+    large = sum(p.nbytes for p in model.parameters()) > 2 ** 30      # one file ends at 2 GiB
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")                              # torch's, on its own workings
-        large = sum(p.nbytes for p in model.parameters()) > 2 ** 30  # one file ends at 2 GiB
-        torch.onnx.export(model, tuple(example(2, min(8, room)).values()), path, input_names=names,
-                          output_names=["logits"], dynamic_shapes=dict.fromkeys(names, axes),
+        torch.onnx.export(model, tuple(example.values()), path, input_names=list(example),
+                          output_names=["logits"], dynamic_shapes=dict.fromkeys(example, axes),
                           dynamo=True, verbose=False, external_data=large)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    differs, z, times = [], {}, {"onnxruntime": [], "PyTorch": []}
-    with torch.inference_mode():
-        for batch, length in itertools.product((1, 3), (min(7, room), min(128, room))):
-            x = example(batch, length)
-            feed = {name: part.numpy() for name, part in x.items()}
-            real = x["attention_mask"].bool() if decoder else slice(None)
-            for name, form in (("PyTorch", lambda: model(**x)),      # one after the other: idle
-                               ("onnxruntime", lambda: session.run(None, feed)[0])):  # threads spin
-                for _ in range(10):
-                    start = time.perf_counter()
-                    z[name] = form()
-                    times[name].append(time.perf_counter() - start)
-            away = torch.from_numpy(z["onnxruntime"]) - z["PyTorch"]
-            differs.append(away[real].abs().max())
-    if not (most := float(torch.stack(differs).max())) <= 1e-3:      # not a number fails, too
-        raise ValueError(f"{path.name}: its logits differ by {most:.1e} from PyTorch's; nothing "
-                         f"was written")
-    middle = {name: 1e3 * float(np.median(some[10:20])) for name, some in times.items()}
-    return (f"model.onnx: logits within {most:.0e} of PyTorch's; "
-            + ", ".join(f"{name} {ms:.2f} ms" for name, ms in middle.items())
-            + f" (batch 1, {length} tokens, float32)")
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    for batch, length in itertools.product((1, 3), (min(7, room), min(128, room))):
+        x = onnx_inputs(small, batch, length)
+        z = session.run(None, {name: part.numpy() for name, part in x.items()})[0]
+        away = (torch.from_numpy(z) - model(**x).detach()).abs()
+        if isinstance(small, Decoder):                               # what padding gives is void
+            away = away[x["attention_mask"].bool()]
+        if not away.max() <= 1e-3:                                   # not a number fails, too
+            raise ValueError(f"{path.name}: its logits differ by {away.max():.1e} from PyTorch's; "
+                             f"nothing was written")
 
 
-def model_card(run: dict, rows: list[dict], metric: str, form: str, dtype: str, where: str) -> str:
+def model_card(run, rows, metric, form, dtype, where):
     """README.md of an exported subnet; rows: the maxnet's and its own."""
-    row, hp, base = rows[-1], run["hyper_parameters"], Path(run["base"]["folder"]).name
+    row = rows[-1]
+    hp = run["hyper_parameters"]
+    base = Path(run["base"]["folder"]).name
     note = f"**{run['note']}**\n\n" if run["note"] else ""
     return f"""---
 base_model: {base}
@@ -541,87 +582,115 @@ Layers kept, from 0: {', '.join(map(str, row['layers']))}. Weights in {dtype}. {
 
 {title(run['task'], metric, run['data']['dev'])}:
 
-{palette_table(rows, metric)}
+{table(rows, COLUMNS, metric)}
 
 {where}
 """
 
 
-# ---------------------------------------------------------------------------------- using a model
+# --------------------------------------------------------- using a model, and generating text
 
 @torch.inference_mode()
-def answer(model: SuperTransformer, phi: SubnetConfig, tokenizer: Tokenizer, task: data.Task,
-           text: str, max_length: int) -> str:
-    """The label of a sentence (a pair: separated by a tab) and each class's probability, or a
-    score; ValueError unless there are as many sentences as the task takes."""
-    sentences, wanted = tuple(part.strip() for part in text.split("\t")), len(task.sentences) or 1
+def answer(model, phi, tokenizer, task, text, max_length):
+    """The label of a sentence and each class's probability, or a score; a pair has a tab between.
+
+    ValueError unless there are as many sentences as the task takes.
+    """
+    sentences = tuple(part.strip() for part in text.split("\t"))
+    wanted = len(task.sentences) or 1
     if len(sentences) != wanted:
         raise ValueError(f"{text[:80]!r} has {len(sentences)} parts separated by tabs; the task "
                          f"takes {wanted}")
     rows = data.Rows([sentences], np.zeros(1, dtype=np.int64))
     device = next(model.parameters()).device
-    (x, _), = data.batches(data.encode(tokenizer, rows, max_length), 1, device=device)
+    x, _ = next(data.batches(data.encode(tokenizer, rows, max_length), 1, device=device))
     z = model(**x, phi=phi, features=())[0][0]                               # (C,)
     if not task.labels:
         return f"{z.item():.3f}"
-    p = z.softmax(-1).tolist()
-    return "\t".join([task.labels[int(z.argmax())],
-                      *(f"{label} {share:.3f}" for label, share in zip(task.labels, p))])
+    shares = z.softmax(-1).tolist()
+    classes = [f"{label} {share:.3f}" for label, share in zip(task.labels, shares)]
+    return "\t".join([task.labels[int(z.argmax())], *classes])
 
 
-# ------------------------------------------------------------------------------- generating text
-
-@torch.inference_mode()
 def generate(model: SuperTransformer, tokenizer: Tokenizer, prompts: list[str],
              max_new_tokens: int = 256, temperature: float = 0.0, top_p: float = 1.0,
              stop: tuple[str, ...] = (), seeds: list[int] | None = None,
              phi: SubnetConfig | None = None) -> list[str]:
     """A continuation of each prompt, up to the end of text or the first of the `stop` strings.
 
-    Temperature 0 takes the likeliest token; else one is drawn among the likeliest that hold top_p
-    of the probability, each row with a seed of its own: neighbours in the batch do not change it,
-    unless the longest meets the model's last position. ValueError if it leaves no room for a token.
+    Temperature 0 takes the likeliest token; otherwise one is drawn among the likeliest that hold
+    top_p of the probability. Each row draws with a seed of its own: neighbours in the batch do not
+    change it, unless the longest meets the model's last position. ValueError if a prompt leaves no
+    room for a token.
     """
-    device, end = next(model.parameters()).device, data.end_of_text(tokenizer)
+    end = data.end_of_text(tokenizer)
+    longest_stop = max(map(len, stop), default=0)
+    draws = [torch.Generator().manual_seed(seed) for seed in seeds or range(len(prompts))]
+
+    def next_tokens(z):                                              # (B, V) -> (B, 1)
+        if temperature == 0:
+            return z.argmax(-1, keepdim=True)
+        return sample(z / temperature, top_p, draws)
+
+    def has_ended(new):
+        tail = tokenizer.decode(new[-longest_stop:]) if stop else ""     # a letter a token at least
+        return new[-1] == end or any(word in tail for word in stop)
+
     tokenizer.no_padding()
     tokenizer.no_truncation()
     encoded = [tokenizer.encode(prompt).ids or [end] for prompt in prompts]
-    P, room = max(map(len, encoded)), model.max_tokens
-    if P >= room:
-        raise ValueError(f"a prompt of {P} tokens leaves no room in the model's {room} positions")
-    ids = torch.tensor([[end] * (P - len(x)) + x for x in encoded], device=device)       # (B, P)
-    total = min(P + max_new_tokens, room)
-    mask = torch.ones(len(ids), total, dtype=torch.long, device=device)      # padded on the left
-    for row, x in enumerate(encoded):
-        mask[row, :P - len(x)] = 0
-    padded, cache, phi = not mask.all(), Cache(total), phi or model.maxnet
-    draws = [torch.Generator().manual_seed(seed) for seed in seeds or range(len(ids))]
-    new: list[list[int]] = [[] for _ in prompts]
-    running, longest = set(range(len(prompts))), max(map(len, stop), default=0)
-    for S in range(P, total):
-        s, _ = model.encode(ids, mask[:, :S] if padded else None, phi, cache)
-        z = model.logits(s[:, -1])                                           # (B, V)
-        greedy = temperature == 0
-        ids = z.argmax(-1, keepdim=True) if greedy else sample(z / temperature, top_p, draws)
-        for row, token in enumerate(ids[:, 0].tolist()):
-            if row in running:
-                new[row].append(token)
-                tail = tokenizer.decode(new[row][-longest:]) if longest else ""  # a token a letter
-                if token == end or any(word in tail for word in stop):
-                    running.discard(row)
+    new = extend(model, phi or model.maxnet, encoded, max_new_tokens, next_tokens, has_ended)
+    return [continuation(tokenizer, before, after, stop)
+            for before, after in zip(encoded, new)]
+
+
+@torch.inference_mode()
+def extend(model, phi, encoded, most, next_tokens, has_ended):
+    """The tokens, at most so many, that come after each row; ValueError if there is no room."""
+    longest = max(map(len, encoded))
+    room = model.max_tokens
+    if longest >= room:
+        raise ValueError(f"a prompt of {longest} tokens leaves no room in the model's {room} "
+                         f"positions")
+    total = min(longest + most, room)
+    ids = torch.zeros(len(encoded), longest, dtype=torch.long)       # (B, T), padded on the left
+    mask = torch.ones(len(encoded), total, dtype=torch.long)
+    for row, tokens in enumerate(encoded):
+        padded = longest - len(tokens)
+        ids[row, padded:] = torch.tensor(tokens)
+        mask[row, :padded] = 0
+    device = next(model.parameters()).device
+    ids = ids.to(device)
+    mask = None if mask.all() else mask.to(device)                   # without one it is faster
+    cache = Cache(total)
+    new = [[] for _ in encoded]
+    running = set(range(len(encoded)))
+    for length in range(longest, total):
+        seen = None if mask is None else mask[:, :length]
+        states, _ = model.encode(ids, seen, phi, cache)
+        ids = next_tokens(model.logits(states[:, -1]))
+        for row in sorted(running):
+            new[row].append(int(ids[row]))
+            if has_ended(new[row]):
+                running.discard(row)
         if not running:
             break
-    texts = []
-    for before, after in zip(encoded, new):  # alone, the new part may lose its first space
-        text = tokenizer.decode(before + after)[len(tokenizer.decode(before)):]
-        texts.append(text[:min((i for word in stop if (i := text.find(word)) >= 0), default=None)])
-    return texts
+    return new
 
 
-def sample(z: torch.Tensor, top_p: float, draws: list[torch.Generator]) -> torch.Tensor:
+def continuation(tokenizer, before, after, stop):
+    """The text of the tokens after a prompt, cut before the first stop string."""
+    prompt = tokenizer.decode(before)
+    text = tokenizer.decode(before + after)[len(prompt):]    # alone it may lose its first space
+    ends = [text.index(word) for word in stop if word in text]
+    return text[:min(ends, default=len(text))]
+
+
+def sample(z, top_p, draws):
     """A token (B, 1) per row of logits z (B, V), among the likeliest whose probability is top_p."""
     p, order = z.softmax(-1).cpu().sort(descending=True)
-    p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0.0)                # the likeliest always stays
+    before = p.cumsum(-1) - p                        # 0 for the likeliest, which always stays
+    p = p.masked_fill(before >= top_p, 0.0)
     places = [torch.multinomial(row, 1, generator=draw) for row, draw in zip(p, draws)]
     return order.gather(-1, torch.stack(places)).to(z.device)
 
@@ -629,7 +698,7 @@ def sample(z: torch.Tensor, top_p: float, draws: list[torch.Generator]) -> torch
 # ------------------------------------------------------------------------------------- HumanEval
 
 STOP = ("\nclass", "\ndef", "\n#", "\nif", "\nprint", "\n@")           # the function has ended
-TASK_KEYS = dict.fromkeys(("task_id", "prompt", "entry_point", "test"), str)
+PROBLEM = dict.fromkeys(("task_id", "prompt", "entry_point", "test"), str)
 
 
 def estimate_pass_at_k(n: int, c: int, k: int) -> float:
@@ -642,88 +711,100 @@ def estimate_pass_at_k(n: int, c: int, k: int) -> float:
     return 1 - math.comb(n - c, k) / math.comb(n, k)
 
 
-def read_lines(path: Path, keys: dict[str, type]) -> list[dict]:
-    """A row for each line of *.jsonl or *.jsonl.gz; ValueError names file, line and missing key."""
+def judged_before(path, made):
+    """The completions in a file; ValueError if they were made with other settings than these."""
     if not path.exists():
-        raise FileNotFoundError(f"there is no {path}")
-    rows: list[dict] = []
-    try:
-        unpack = gzip.open if path.suffix == ".gz" else open
-        with unpack(path, "rt", encoding="utf-8-sig") as file:       # a byte-order mark is no text
-            for line in file:
-                row = json.loads(line)
-                if missing := [key for key in keys if not isinstance(row.get(key), keys[key])]:
-                    raise ValueError(f"there is no {missing[0]!r}, or it is of the wrong type")
-                rows.append(row)
-    except (EOFError, zlib.error, gzip.BadGzipFile, ValueError, AttributeError,
-            RecursionError) as error:
-        raise ValueError(f"{path}, line {len(rows) + 1}: {error}") from None
+        return []
+    text = path.read_bytes()
+    with replacing(path) as beside:                  # without a last line that a crash cut short
+        beside.write_bytes(text[:text.rfind(b"\n") + 1])
+    rows = read_lines(path, {"task_id": str, "sample": int, "passed": bool, "made": dict})
+    for row in rows:
+        for key, value in made.items():
+            if row["made"].get(key) != value:
+                raise ValueError(f"{path} holds completions made with another {key}; move it away "
+                                 f"first")
     return rows
 
 
-def humaneval(model: SuperTransformer, tokenizer: Tokenizer, problems: list[dict], path: Path,
-              origin: dict, samples: int = 1, batch_size: int = 16, **settings) -> dict[str, float]:
+def humaneval(model, tokenizer, problems, path, origin, samples=1, batch_size=16, **settings):
     """pass@k of `model` for k in 1, 10, 100 up to `samples`, and pass@1's standard error.
 
     Each judged completion is a line of `path`, with the settings of `generate` and the model's
     origin; those that are there already are not made again, and ValueError is raised if they are of
     another origin or other settings. RUNS GENERATED CODE: see `check_correctness`.
     """
-    rows, made = [], origin | settings
-    if path.exists():
-        text = path.read_bytes()
-        with replacing(path) as beside:              # without a last line that a crash cut short
-            beside.write_bytes(text[:text.rfind(b"\n") + 1])
-        rows = read_lines(path, {"task_id": str, "sample": int, "passed": bool, "made": dict})
-    if odd := [key for row in rows for key in made if row["made"].get(key) != made[key]]:
-        raise ValueError(f"{path} holds completions made with another {odd[0]}; move it away first")
+    made = origin | settings
+    rows = judged_before(path, made)
     done = {(row["task_id"], row["sample"]) for row in rows}
-    todo = [(i, n) for n in range(samples) for i, problem in enumerate(problems)
-            if (problem["task_id"], n) not in done]
-    todo.sort(key=lambda pair: len(problems[pair[0]]["prompt"]))             # less padding
+    todo = [(sample, i) for sample in range(samples) for i, problem in enumerate(problems)
+            if (problem["task_id"], sample) not in done]
+    todo.sort(key=lambda pair: len(problems[pair[1]]["prompt"]))             # less padding
     with open(path, "a", encoding="utf-8") as file, ThreadPoolExecutor(os.cpu_count()) as pool:
         for start in tqdm(range(0, len(todo), batch_size), unit=" batches", disable=None):
             batch = todo[start:start + batch_size]
-            prompts = [problems[i]["prompt"].rstrip() for i, _ in batch]     # "\n    " is one token
-            texts = generate(model, tokenizer, prompts, stop=STOP,
-                             seeds=[n * len(problems) + i for i, n in batch], **settings)
-            verdicts = pool.map(check_correctness, [problems[i] for i, _ in batch], texts)
-            for (i, n), text, verdict in zip(batch, texts, verdicts):
-                rows.append({"task_id": problems[i]["task_id"], "sample": n, "completion": text,
-                             "made": made} | verdict)
+            asked = [problems[i] for _, i in batch]
+            prompts = [problem["prompt"].rstrip() for problem in asked]      # "\n    " is one token
+            seeds = [sample * len(problems) + i for sample, i in batch]
+            texts = generate(model, tokenizer, prompts, stop=STOP, seeds=seeds, **settings)
+            verdicts = pool.map(check_correctness, asked, texts)
+            for (sample, i), text, verdict in zip(batch, texts, verdicts):
+                row = {"task_id": problems[i]["task_id"], "sample": sample, "completion": text}
+                rows.append(row | {"made": made} | verdict)
                 file.write(json.dumps(rows[-1]) + "\n")
             file.flush()
     return pass_at_k(rows, [problem["task_id"] for problem in problems], samples)
 
 
-def pass_at_k(rows: list[dict], tasks: list[str], samples: int) -> dict[str, float]:
+def pass_at_k(rows, tasks, samples):
     """Mean over the problems, from rows of {"task_id", "sample", "passed"}."""
     passed = dict.fromkeys(tasks, 0)
     for row in rows:
         if row["sample"] < samples and row["task_id"] in passed:
             passed[row["task_id"]] += row["passed"]
-    means = {f"pass@{k}": [estimate_pass_at_k(samples, c, k) for c in passed.values()]
-             for k in (1, 10, 100) if k <= samples}
-    error = float(np.std(means["pass@1"]) / np.sqrt(len(tasks)))
-    return {name: float(np.mean(values)) for name, values in means.items()} | {"stderr": error}
+    found = {}
+    for k in (1, 10, 100):
+        if k <= samples:
+            chances = [estimate_pass_at_k(samples, count, k) for count in passed.values()]
+            found[f"pass@{k}"] = float(np.mean(chances))
+    ones = [count / samples for count in passed.values()]            # pass@1 of each problem
+    return found | {"stderr": float(np.std(ones) / np.sqrt(len(tasks)))}
 
 
-# Limits of every process that a completion starts: bytes of memory and of a file, and counts.
-LIMITS = {"AS": 2**30, "FSIZE": 2**24, "NPROC": 8, "NOFILE": 64, "CORE": 0}
+# ------------------------------------------------------------------------------------ the judge
+#
+# A child interpreter runs the functions below, not this file: it must not import torch, nor hold
+# anything of ours. It forks. The *worker* runs the completion; the *judge* runs the asserts, on
+# values that it has the worker compute. So no secret is needed: the pipe for the verdict is open in
+# the judge alone, and nothing but plain data gets into the judge.
 
-# What the child interpreter runs. It becomes two processes: the *worker* runs the completion, and
-# the *judge* the asserts, on values that it has the worker compute. No secret is needed: the pipe
-# for the verdict is open in the judge alone, and nothing but plain data gets into the judge.
-RUNNER = '''
-import ctypes, glob, json, os, pickle, resource, signal, struct, sys, time
-from contextlib import suppress
+# Of every process that a completion starts: bytes of memory and of a file, and counts.
+LIMITS = {"AS": 2 ** 30, "FSIZE": 2 ** 24, "NPROC": 8, "NOFILE": 64, "CORE": 0}
+
+
+class Linux:
+    """Numbers of the kernel's own header files."""
+    PR_SET_PDEATHSIG = 1
+    PR_SET_DUMPABLE = 4
+    PR_SET_CHILD_SUBREAPER = 36
+    PR_SET_NO_NEW_PRIVS = 38
+    CLONE_NEWIPC = 0x08000000
+    CLONE_NEWUSER = 0x10000000
+    CLONE_NEWPID = 0x20000000
+    CLONE_NEWNET = 0x40000000
+    LANDLOCK_CREATE_RULESET = 444
+    LANDLOCK_ADD_RULE = 445
+    LANDLOCK_RESTRICT_SELF = 446
+    LANDLOCK_WRITE = (0x1FF2, 0x3FF2, 0x7FF2)  # version 1: change files; 2: move; 3: truncate them
+
 
 class PlainUnpickler(pickle.Unpickler):
-    """Load numbers, strings and containers of them; anything else is an error."""
+    """Loads numbers, strings and containers of them; anything else is an error."""
     find_class = None
 
+
 def plain(value):
-    """Return containers of derived kinds, such as Counter, as the kind they are derived from."""
+    """Containers of derived kinds, such as Counter, as the kind they are derived from."""
     if isinstance(value, dict):
         return dict(plain(list(value.items())))
     for kind in (list, tuple, set, frozenset):
@@ -731,11 +812,13 @@ def plain(value):
             return kind(map(plain, value))
     return value
 
-def work(calls, replies):
-    """Run the completed program, then call its function as often as the judge asks."""
+
+def serve_calls(calls, replies):
+    """The worker: runs the completed program, then calls its function as often as it is asked."""
     try:
         program, name = pickle.load(calls)
-        namespace, value = {}, None
+        namespace = {}
+        value = None
         exec(program, namespace)
         while True:
             pickle.dump((True, plain(value)), replies)
@@ -744,8 +827,9 @@ def work(calls, replies):
     except BaseException as error:
         pickle.dump((False, type(error).__name__), replies)
 
-def judge(calls, replies):
-    """Run the asserts on a function that is called in the worker, and return the verdict."""
+
+def run_asserts(calls, replies):
+    """The judge: runs the asserts on a function that is called in the worker."""
     def ask(message):
         pickle.dump(message, calls)
         returned, value = PlainUnpickler(replies).load()
@@ -755,101 +839,142 @@ def judge(calls, replies):
 
     try:
         problem, completion = json.load(sys.stdin)
-        prompt, name = problem["prompt"], problem["entry_point"]
-        ask((prompt + completion + "\\n", name))
+        prompt = problem["prompt"]
+        name = problem["entry_point"]
+        ask((prompt + completion + "\n", name))
         namespace = {}
-        exec(prompt + "\\n    pass\\n", namespace)  # asserts may use another function of the prompt
+        exec(prompt + "\n    pass\n", namespace)  # asserts may use another function of the prompt
         namespace[name] = lambda *args, **kwargs: ask((args, kwargs))
-        exec(problem["test"] + f"\\ncheck({name})", namespace)
+        exec(problem["test"] + f"\ncheck({name})", namespace)
         return "passed"
     except BaseException as error:
         return f"failed: {type(error).__name__}"  # EOFError if the worker ended by itself
 
-def finish(result):
-    """Kill all descendants (an orphan becomes a child of this process), then report and exit."""
+
+def kill_all(worker):
+    """Kills the worker and all its descendants: an orphan becomes a child of this process."""
     signal.setitimer(signal.ITIMER_REAL, 0)
     os.kill(worker, signal.SIGKILL)
     with suppress(OSError):
         os.killpg(worker, signal.SIGKILL)
     os.waitpid(worker, 0)
+    mine = b"\nPPid:\t%d\n" % os.getpid()
     with suppress(ChildProcessError):
         while os.waitpid(-1, os.WNOHANG):
             for path in glob.glob("/proc/[0-9]*/status"):
                 with suppress(OSError), open(path, "rb") as file:
-                    if b"\\nPPid:\\t%d\\n" % os.getpid() in file.read():
+                    if mine in file.read():
                         os.kill(int(path.split("/")[2]), signal.SIGKILL)
             time.sleep(0.001)
-    os.write(verdict, result.encode(errors="replace"))
-    os._exit(0)
 
-def restrict():
-    """Let the worker give up, for good, what a program does not need."""
+
+def give_up_rights(libc, user):
+    """The worker gives up, for good, what a program does not need."""
     os.setsid()
     if user:
         os.setgroups([])
         os.setgid(user)
         os.setuid(user)
-    if linux:
-        libc.prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG: die with the judge
-        libc.prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS: no sudo
-        # Landlock: write to no file outside of this folder and, from version 6 on, use no TCP and
-        # signal no other process. Where the kernel does not have it, these calls do nothing.
-        version = libc.syscall(444, None, 0, 1)
-        rights = struct.pack("QQQ", {1: 0x1FF2, 2: 0x3FF2}.get(version, 0x7FF2), 3, 3)
-        rules = libc.syscall(444, rights, 24 if version >= 6 else 8, 0)
-        folder = struct.pack("i", os.open(".", os.O_RDONLY))
-        libc.syscall(445, rules, 1, rights[:8] + folder, 0)
-        libc.syscall(446, rules, 0)
+    if sys.platform != "linux":
+        return
+    libc.prctl(Linux.PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # die with the judge
+    libc.prctl(Linux.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)  # no sudo
+    # Landlock: write to no file outside of this folder and, from version 6 on, use no TCP and
+    # signal no other process. Where the kernel does not have it, these calls do nothing.
+    version = libc.syscall(Linux.LANDLOCK_CREATE_RULESET, None, 0, 1)
+    write = Linux.LANDLOCK_WRITE[min(version, 3) - 1]
+    rights = struct.pack("QQQ", write, 3, 3)
+    size = 24 if version >= 6 else 8
+    rules = libc.syscall(Linux.LANDLOCK_CREATE_RULESET, rights, size, 0)
+    folder = struct.pack("Qi", write, os.open(".", os.O_RDONLY))
+    libc.syscall(Linux.LANDLOCK_ADD_RULE, rules, 1, folder, 0)
+    libc.syscall(Linux.LANDLOCK_RESTRICT_SELF, rules, 0)
 
-timeout, limits, user = json.loads(sys.argv[1])
-linux, libc = sys.platform == "linux", ctypes.CDLL(None)
-if user:  # the library may lie below /root, out of that user's reach but for an open descriptor
+
+def open_library():
+    """Python's library may lie below /root. A descriptor keeps it in reach of another user."""
     library = os.path.dirname(os.__file__)
     opened = f"/proc/self/fd/{os.open(library, os.O_RDONLY)}"
-    for paths in [sys.path, *(m.__path__ for m in sys.modules.values() if hasattr(m, "__path__"))]:
+    packages = [module.__path__ for module in sys.modules.values() if hasattr(module, "__path__")]
+    for paths in [sys.path, *packages]:
         paths[:] = [path.replace(library, opened) for path in paths]
-if linux:
-    libc.prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER: become the parent of all orphans
-    libc.prctl(4, 0, 0, 0, 0)  # PR_SET_DUMPABLE: not to be traced, nor read through /proc
-    # CLONE_NEWPID | CLONE_NEWNET | CLONE_NEWIPC, which root may and others by CLONE_NEWUSER, or not
-    libc.unshare(0x68000000 if user else 0x78000000)
-verdict, calls, replies = os.dup(1), os.pipe(), os.pipe()
-os.dup2(2, 1)  # standard error is /dev/null
-worker = os.fork()
-for name, limit in limits.items():
-    with suppress(OSError, ValueError):  # macOS does not limit memory
-        resource.setrlimit(getattr(resource, "RLIMIT_" + name), (limit, limit))
-if worker == 0:
-    os.dup2(2, 0)
-    for pipe in (verdict, calls[1], replies[0]):
-        os.close(pipe)
-    restrict()
-    work(open(calls[0], "rb"), open(replies[1], "wb", buffering=0))
-    os._exit(0)
-os.close(calls[0])
-os.close(replies[1])
-signal.signal(signal.SIGALRM, lambda *_: finish("timed out"))
-signal.setitimer(signal.ITIMER_REAL, timeout)
-finish(judge(open(calls[1], "wb", buffering=0), open(replies[0], "rb")))
-'''
+
+
+def isolate(libc, user):
+    """Judge and worker get no network; the judge gets all orphans, and nobody sees into it."""
+    if sys.platform != "linux":
+        return
+    libc.prctl(Linux.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    libc.prctl(Linux.PR_SET_DUMPABLE, 0, 0, 0, 0)  # not to be traced, nor read through /proc
+    spaces = Linux.CLONE_NEWPID | Linux.CLONE_NEWNET | Linux.CLONE_NEWIPC
+    if not user:
+        spaces |= Linux.CLONE_NEWUSER  # by which others than root may, on some systems
+    libc.unshare(spaces)
+
+
+def child(timeout, limits, user):
+    """The child interpreter's program: one verdict on standard output."""
+    import resource  # Windows has none
+
+    libc = ctypes.CDLL(None)
+    if user:
+        open_library()
+    isolate(libc, user)
+    verdict = os.dup(1)
+    os.dup2(2, 1)  # standard error is /dev/null
+    calls = os.pipe()
+    replies = os.pipe()
+    worker = os.fork()
+    for name, limit in limits.items():
+        with suppress(OSError, ValueError):  # macOS does not limit memory
+            resource.setrlimit(getattr(resource, "RLIMIT_" + name), (limit, limit))
+    if worker == 0:
+        os.dup2(2, 0)
+        for pipe in (verdict, calls[1], replies[0]):
+            os.close(pipe)
+        give_up_rights(libc, user)
+        serve_calls(open(calls[0], "rb"), open(replies[1], "wb", buffering=0))
+        os._exit(0)
+    os.close(calls[0])
+    os.close(replies[1])
+
+    def finish(result):
+        kill_all(worker)
+        os.write(verdict, result.encode(errors="replace"))
+        os._exit(0)
+
+    signal.signal(signal.SIGALRM, lambda *_: finish("timed out"))
+    signal.setitimer(signal.ITIMER_REAL, timeout)
+    finish(run_asserts(open(calls[1], "wb", buffering=0), open(replies[0], "rb")))
+
+
+RUNNER = "\n\n".join((                               # the child's whole source
+    "import ctypes, glob, json, os, pickle, signal, struct, sys, time",
+    "from contextlib import suppress",
+    *map(inspect.getsource, (Linux, PlainUnpickler, plain, serve_calls, run_asserts, kill_all,
+                             give_up_rights, open_library, isolate, child)),
+    "child(*json.loads(sys.argv[1]))",
+))
 
 
 def check_correctness(problem: dict, completion: str, timeout: float = 10.0) -> dict:
-    """Return whether the completion passes the problem's asserts, and in a word what happened.
+    """Whether the completion passes the problem's asserts, and in a word what happened.
 
     It runs in an empty folder, under limits, and all that it started is killed in the end. Under
-    root it has a user of its own; where Linux permits, it has no network and writes nowhere else.
-    Its exits, output and tricks prove nothing, as the asserts run in another process, which it can
-    only send what its function returns: numbers, strings and containers of them. (That process does
-    not see arguments changed in place.) But this is no virtual machine: a program can read what its
-    user can and fill the disk, and without root, namespaces and Landlock harm all its user owns.
+    root it has a user of its own. Where Linux permits, it has no network and writes nowhere else.
+    Its exits, output and tricks prove nothing: the asserts run in another process, to which only
+    what its function returns gets: numbers, strings and containers of them. (Arguments that it
+    changes in place are not seen there.)
+
+    But this is no virtual machine. A program can read what its user can, and fill the disk. Without
+    root, namespaces and Landlock it can harm all that its user owns.
     """
     folder = tempfile.mkdtemp()
     user = 0
     if os.getuid() == 0:  # one of the numbers that systemd keeps for users of the moment
         user = 61184 + os.stat(folder).st_ino % 4336
         os.chown(folder, user, user)
-    settings = json.dumps([timeout, {**LIMITS, "CPU": int(timeout) + 2}, user])
+    settings = json.dumps([timeout, LIMITS | {"CPU": int(timeout) + 2}, user])
     try:
         output = subprocess.run(
             [sys.executable, "-I", "-S", "-c", RUNNER, settings],
@@ -874,32 +999,71 @@ def check_correctness(problem: dict, completion: str, timeout: float = 10.0) -> 
 
 RUN_FILES = ("run.json", "log.jsonl", "palette.json", "palette.md", "adapters.safetensors",
              "state.safetensors")
+PLACE = {"stage": int, "step": int}                  # in the log, and of a state
 LOCKS: list = []                                     # open files; the system frees them at the end
 
 
-def write_json(path: Path, content: dict) -> None:
+@contextmanager
+def naming(where):
+    """Adds to a ValueError where the wrong content stands."""
+    try:
+        yield
+    except ValueError as error:
+        what = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else error
+        raise ValueError(f"{where}: {what}") from None
+
+
+def check_form(value, form, name="object"):
+    """ValueError unless JSON has a form: a type, [the form of each entry], {key: its form}, or
+    {str: the form of each value}."""
+    kind = form if isinstance(form, type) else type(form)
+    right = isinstance(value, (int, float) if kind is float else kind)
+    huge = isinstance(value, int) and abs(value) >= 2 ** 63
+    if huge or not right:
+        raise ValueError(f"there is no {name!r}, or it is of the wrong type")
+    if isinstance(form, dict):
+        parts = dict.fromkeys(value, form[str]) if str in form else form
+        for key, part in parts.items():
+            check_form(value.get(key), part, key)
+    elif isinstance(form, list):
+        for entry in value:
+            check_form(entry, form[0], f"entry of {name}")
+
+
+def read_lines(path, form):
+    """A row for each line of *.jsonl or *.jsonl.gz; ValueError names file, line and missing key."""
+    if not path.exists():
+        raise FileNotFoundError(f"there is no {path}")
+    unpack = gzip.open if path.suffix == ".gz" else open
+    rows = []
+    try:
+        with unpack(path, "rt", encoding="utf-8-sig") as file:       # a byte-order mark is no text
+            for line in file:
+                row = json.loads(line)
+                check_form(row, form)
+                rows.append(row)
+    except (EOFError, zlib.error, gzip.BadGzipFile, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}, line {len(rows) + 1}: {error}") from None
+    return rows
+
+
+def write_json(path, content):
     with replacing(path) as beside:
         text = json.dumps(content, indent=1, ensure_ascii=False)
         beside.write_text(text + "\n", encoding="utf-8")
 
 
-def take_folder(folder: Path, settings: dict, resume: bool, overwrite: bool) -> dict:
-    """Claim a run folder, or go on with one; returns run.json. Only files of ours are ever deleted.
+def take_folder(folder, settings, resume, overwrite):
+    """Claims a run folder, or goes on with one; returns run.json. Deletes only files of ours.
 
-    Raises FileExistsError unless one of the two was asked for, ValueError if resumed otherwise.
+    FileExistsError if it is in use and neither was asked for; ValueError if it is resumed with
+    other settings than it was started with.
     """
     if resume and overwrite:
         raise ValueError("--resume and --overwrite contradict each other; give one of them")
     if resume:
         old = read_json(folder / "run.json")
-        for key in ("task", "base", "data", "hyper_parameters", "device", "dtype"):
-            new = json.loads(json.dumps(settings[key]))              # tuples become lists
-            if old.get(key) != new:
-                fields = new if isinstance(new, dict) and isinstance(old.get(key), dict) else {}
-                odd = [f for f in fields if old[key].get(f) != fields[f]]
-                raise ValueError(f"{folder} was started with another {key} "
-                                 f"({', '.join(odd[:5]) or short(new)}); --resume needs the "
-                                 f"command it was started with")
+        check_settings(folder, old, settings)
         lock(folder)
         return old
     if folder.exists() and any(folder.iterdir()) and not overwrite:
@@ -913,10 +1077,24 @@ def take_folder(folder: Path, settings: dict, resume: bool, overwrite: bool) -> 
     return settings
 
 
-def lock(folder: Path) -> None:
+def check_settings(folder, old, settings):
+    """ValueError unless a resumed run has the settings that it was started with."""
+    for key in ("task", "base", "data", "hyper_parameters", "device", "dtype"):
+        new = json.loads(json.dumps(settings[key]))                  # tuples become lists
+        if old.get(key) == new:
+            continue
+        differing = short(new)
+        if isinstance(new, dict) and isinstance(old.get(key), dict):
+            fields = [field for field in new if old[key].get(field) != new[field]]
+            differing = ", ".join(fields[:5])
+        raise ValueError(f"{folder} was started with another {key} ({differing}); --resume needs "
+                         f"the command it was started with")
+
+
+def lock(folder):
     """Until this process ends no other can train into the folder; FileExistsError if one does."""
     try:
-        import fcntl                                                 # absent on Windows
+        import fcntl  # absent on Windows
     except ImportError:
         return
     LOCKS.append(open(folder / ".lock", "w"))
@@ -927,15 +1105,15 @@ def lock(folder: Path) -> None:
                               f"another --out") from None
 
 
-def base_digest(folder: str | Path) -> str:
+def base_digest(folder):
     """sha256 of a base checkpoint: config.json, the weights, the tokenizer's files."""
     folder = Path(folder)
-    data.tokenizer_file(folder)                                      # there must be one
-    tokenizer = [path for name in data.TOKENIZER_FILES if (path := folder / name).exists()]
+    data.tokenizer_file(folder)                      # there must be one
+    tokenizer = [folder / name for name in data.TOKENIZER_FILES if (folder / name).exists()]
     return data.sha256([folder / "config.json", *checkpoint_files(folder), *tokenizer])
 
 
-def digest(tensors: dict[str, torch.Tensor]) -> str:
+def digest(tensors):
     """sha256 of names, shapes, types and bits."""
     sha = hashlib.sha256()
     for name, t in sorted(tensors.items()):
@@ -944,15 +1122,7 @@ def digest(tensors: dict[str, torch.Tensor]) -> str:
     return sha.hexdigest()
 
 
-def fingerprint(settings: dict) -> str:
-    """sha256 of those settings in run.json that the adapters were trained with."""
-    keys = ("task", "note", "num_labels", "space", "hyper_parameters", "dtype")
-    counts = {key: value for key, value in settings["data"].items() if key != "folder"}
-    parts = [settings.get(key) for key in keys] + [settings["base"]["sha256"], counts]
-    return text_digest(parts)
-
-
-def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
+def read_tensors(path):
     """What `save_tensors` wrote; FileNotFoundError or ValueError if it cannot be read."""
     if not path.exists():
         raise FileNotFoundError(f"there is no {path}; the run has not got that far, or this is not "
@@ -961,6 +1131,7 @@ def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
             origin = json.loads(file.metadata()["mlfs"])
+        # safetensors does not notice a flipped bit
         if not isinstance(origin, dict) or origin.get("sha256") != digest(tensors):
             raise ValueError("its sha256 is not the one stored in it")
         return tensors, origin
@@ -968,136 +1139,158 @@ def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
         raise ValueError(f"{path} is damaged or cut short: {str(error)[:200]}") from None
 
 
-def save_tensors(path: Path, tensors: dict[str, torch.Tensor], origin: dict) -> None:
+def save_tensors(path, tensors, origin):
     tensors = {name: t.detach().contiguous() for name, t in tensors.items()}
     origin = origin | {"sha256": digest(tensors)}
     with replacing(path) as beside:                  # one metadata entry: several come in any order
         save_file(tensors, beside, {"mlfs": json.dumps(origin)})
 
 
-def save_adapters(folder: Path, model: SuperTransformer, settings: dict) -> None:
+def save_adapters(folder, model, settings):
     """{A_s, B_s}, the head and the permutation: with the base model, all there is to keep."""
     origin = {"task": settings["task"], "note": settings["note"],
-              "base": settings["base"]["sha256"], "run": fingerprint(settings)}
+              "base": settings["base"]["sha256"]}
     save_tensors(folder / "adapters.safetensors", model.trained_state(), origin)
 
 
-def save_state(folder: Path, model: SuperTransformer, moments: dict,
-               U: dict[int, torch.Tensor], stage: int, step: int) -> None:
-    """All that `mlfs` needs to go on: what was trained, U, AdamW's moments, stage and step."""
+def save_state(folder: Path, model: SuperTransformer, state) -> None:
+    """All that `mlfs` needs to go on: what was trained, and its State."""
     tensors = {f"model.{name}": t for name, t in model.trained_state().items()}
-    tensors |= {f"U.{l}": u for l, u in U.items()}
-    for i, parts in moments.items():
-        tensors |= {f"optimizer.{i}.{name}": t for name, t in parts.items()}
-    save_tensors(folder / "state.safetensors", tensors, {"stage": stage, "step": step})
+    tensors |= {f"U.{layer}": u for layer, u in state.U.items()}
+    for i, moments in state.moments.items():
+        tensors |= {f"optimizer.{i}.{name}": t for name, t in moments.items()}
+    place = {"stage": state.stage, "step": state.step}
+    save_tensors(folder / "state.safetensors", tensors, place)
 
 
-def load_state(folder: Path, model: SuperTransformer) -> dict | None:
-    """The inverse of `save_state`: fills the model, returns `mlfs`'s `resume` (None: no state)."""
+def load_state(folder, model):
+    """The inverse of `save_state`: fills the model, returns a State's fields (None: no state)."""
     path = folder / "state.safetensors"
     if not path.exists():
         return None
     tensors, position = read_tensors(path)
-    names = re.compile(r"model\..+|U\.\d+|optimizer\.\d+\.\w+")
-    if ([type(position.get(key)) for key in ("stage", "step")] != [int, int]
-            or not all(map(names.fullmatch, tensors))):
-        raise ValueError(f"{path} is not one of ours; train anew with --overwrite")
-    fill(model, path, {name.removeprefix("model."): t for name, t in tensors.items()
-                       if name.startswith("model.")})
+    learned = {}
+    U = {}
+    moments = {}
+    with naming(f"{path} is not one of ours; train anew with --overwrite"):
+        check_form(position, PLACE)
+        for name, t in tensors.items():
+            kind, rest = name.split(".", 1)
+            if kind == "model":
+                learned[rest] = t
+            elif kind == "U":
+                U[int(rest)] = t
+            elif kind == "optimizer":
+                number, moment = rest.split(".")
+                moments.setdefault(int(number), {})[moment] = t
+            else:
+                raise ValueError(f"there is a tensor {short(name)}")
+    with naming(path):
+        load_trained_state(model, learned)
     model.num_stages = position["stage"] + 1         # without adapters, nothing else tells
-    resume = {"stage": position["stage"], "step": position["step"], "moments": {}, "U": {}}
-    for name, t in tensors.items():
-        kind, number, *moment = name.split(".")
-        if kind == "U":
-            resume["U"][int(number)] = t
-        elif kind == "optimizer":
-            resume["moments"].setdefault(int(number), {})[moment[0]] = t
-    return resume
+    return {"stage": position["stage"], "step": position["step"], "moments": moments, "U": U}
 
 
-def fill(model: SuperTransformer, path: Path, state: dict[str, torch.Tensor]) -> None:
-    """`load_trained_state`; ValueError names the file."""
-    try:
-        load_trained_state(model, state)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-
-
-def cut_log(path: Path, resume: dict | None) -> None:
-    """Drop the lines that will be written again: of a stage's start (step 0), or later ones."""
-    def kept(line: str) -> bool:
-        try:
+def cut_log(path, resume):
+    """Drops the lines that will be written again: of a stage's start (step 0), or later ones."""
+    if not path.exists():
+        return
+    at = (resume["stage"], resume["step"]) if resume else (0, 0)
+    kept = []
+    for line in path.read_text(encoding="utf-8-sig", errors="replace").splitlines(keepends=True):
+        with suppress(ValueError, RecursionError):   # a line that a crash cut off
             entry = json.loads(line)
-            at = entry["stage"], entry["step"]
-            return at < position or at == position and position[1] > 0
-        except (ValueError, KeyError, TypeError, RecursionError):    # a line cut off by a crash
-            return False
-
-    if path.exists():
-        position = (resume["stage"], resume["step"]) if resume else (0, 0)
-        text = path.read_text(encoding="utf-8-sig", errors="replace")
-        with replacing(path) as beside:
-            beside.write_text("".join(filter(kept, text.splitlines(keepends=True))),
-                              encoding="utf-8")
+            check_form(entry, PLACE)
+            place = (entry["stage"], entry["step"])
+            if place < at or place == at and at[1] > 0:
+                kept.append(line)
+    with replacing(path) as beside:
+        beside.write_text("".join(kept), encoding="utf-8")
 
 
-def write_palette(folder: Path, settings: dict, task: data.Task, rows: list[dict],
-                  measured: dict) -> None:
+def write_palette(folder, settings, task, rows, measured):
     """palette.json and palette.md, each replaced as a whole; measured: of which adapters, how."""
-    name, note, metric = settings["task"], settings["note"], task.metrics[0]
+    name = settings["task"]
+    note = settings["note"]
+    metric = task.metrics[0]
     content = {"task": name, "metric": metric, "note": note, "measured": measured, "subnets": rows}
-    text = f"{title(name, metric, settings['data']['dev'])}\n\n{final_table(rows, metric)}\n"
+    text = f"**{note}**\n\n" if note else ""
+    text += f"{title(name, metric, settings['data']['dev'])}\n\n{final_table(rows, metric)}\n"
     if "length" in measured:
-        text += f"\n{palette_table(rows, metric)}\n\n{conditions(measured)}\n"
-    write_json(folder / "palette.json", content | {"sha256": text_digest(content)})
+        text += f"\n{table(rows, COLUMNS, metric)}\n\n{conditions(measured)}\n"
+    write_json(folder / "palette.json", content)
     with replacing(folder / "palette.md") as path:
-        path.write_text((f"**{note}**\n\n" if note else "") + text, encoding="utf-8")
+        path.write_text(text, encoding="utf-8")
 
 
-def read_palette(folder: Path) -> dict:
-    """palette.json: "metric", "measured", "subnets"; nothing in them if there is no such file."""
+OPTIONAL = {"history": {str: float}, "latency_ms": float, "latency_ms_range": [float],
+            "slice_ms": float, "slice_ms_range": [float]}            # what a row may have as well
+
+
+def read_palette(folder):
+    """palette.json: "metric", "measured", "subnets"; nothing in them if there is no such file.
+
+    ValueError if it lacks what `write_palette` writes. Earlier versions wrote a "sha256" as well.
+    """
     path = folder / "palette.json"
     if not path.exists():
         return {"metric": "", "measured": {}, "subnets": []}
     content = read_json(path)
-    if content.pop("sha256", "") != text_digest(content):
-        raise ValueError(f"{path} was damaged or edited; delete it, and evaluate.py measures anew")
+    with naming(f"{path} was damaged or edited; delete it, and evaluate.py measures anew"):
+        form = SIZES | {"score": float, "stderr": float}
+        check_form(content, {"metric": str, "measured": dict, "subnets": [form]})
+        for row in content["subnets"]:
+            check_form(row, {key: kind for key, kind in OPTIONAL.items() if key in row})
     return content
 
 
-def text_digest(content: dict | list) -> str:
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
-
-
-def device_name(device: str) -> str:
+def device_name(device):
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
     try:
         return re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
-    except (OSError, TypeError):                                     # not Linux
+    except (OSError, TypeError):                     # not Linux
         return platform.processor() or platform.machine()
 
 
-def conditions(m: dict) -> str:
-    """Where and how a palette was measured, as a sentence."""
-    if "length" not in m:
-        return f"Scores as the training run measured them, in {m['dtype']}."
-    return (f"Latency of a forward pass, median (10%-90% of the runs; share of the first row's), "
-            f"of the stand-alone model and of the slice in place: batch {m['batch_size']}, "
-            f"{m['length']} tokens, {m['dtype']}, {m['device']}, {m['threads']} threads, PyTorch "
-            f"{m['torch']}.")
+def conditions(measured):
+    """Where and how a palette was measured."""
+    what = "Scores as the training run measured them"
+    if "length" in measured:
+        what = "Median latency of a forward pass [10%, 90%], stand-alone and in place"
+    how = [f"{key} {value}" for key, value in measured.items() if key != "adapters"]
+    return f"{what}: {', '.join(how)}."
 
 
-def peak_memory(device: str) -> int:
+def peak_memory(device):
     """Bytes: the process's largest resident size; on a GPU, the largest allocation there."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device)
     try:
-        import resource                                              # absent on Windows
+        import resource  # absent on Windows
     except ImportError:
         return 0
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+RUN = {                                              # what is read of run.json
+    "task": str, "note": str, "base": {"folder": str, "sha256": str}, "space": [SIZES],
+    "data": {"folder": str, "dev": int},
+    "hyper_parameters": {"init": str, "seed": int, "rank": int, "max_length": int,
+                         "dev_examples": int},
+}
+
+
+def read_run(folder):
+    """(run.json, 𝒜); ValueError if it lacks what a run writes."""
+    path = folder / "run.json"
+    run = read_json(path)
+    with naming(f"{path} is not one of ours, or was edited"):
+        check_form(run, RUN)
+        if run["task"] not in data.TASKS:
+            raise ValueError(f"there is no task {short(run['task'])}")
+    return run, [subnet(row) for row in run["space"]]
 
 
 def load_run(folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float32,
@@ -1105,42 +1298,36 @@ def load_run(folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float
     """(run.json, the model with its adapters, 𝒜), from the folder and its base checkpoint.
 
     base: where that is now, if not where the run found it. Raises FileNotFoundError or ValueError
-    naming what is missing, damaged, edited, or of another base.
+    naming what is missing, damaged, or of another base.
     """
-    run = read_json(folder / "run.json")
-    try:
-        base, sha256 = base or Path(run["base"]["folder"]), run["base"]["sha256"]
-        hp = run["hyper_parameters"]
-        random_start, seed = hp["init"] == "random", hp["seed"]
-        run["data"]["folder"], hp["max_length"], hp["dev_examples"], run["note"]     # all there?
-        trained_with = fingerprint(run)
-        data.TASKS[run["task"]]
-        space = [subnet(row) for row in run["space"]]
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{folder / 'run.json'} is not one of ours, or was edited: "
-                         f"{short(error.args[0])} is missing or wrong") from None
+    run, space = read_run(folder)
+    base = base or Path(run["base"]["folder"])
     if not os.path.isdir(base):
         raise FileNotFoundError(f"{folder / 'run.json'}: its base checkpoint {short(str(base))} is "
                                 f"not there; name its folder with --model")
-    state, origin = read_tensors(folder / "adapters.safetensors")
-    if not base_digest(base) == sha256 == origin.get("base"):
+    path = folder / "adapters.safetensors"
+    state, origin = read_tensors(path)
+    if not base_digest(base) == run["base"]["sha256"] == origin.get("base"):
         raise ValueError(f"{base} is not the checkpoint that {folder} was trained on: sha256 "
                          f"differs")
-    if origin.get("run") != trained_with:
-        raise ValueError(f"{folder / 'run.json'} was edited, or its adapters are another run's: "
-                         f"they do not belong together")
-    run["base"]["folder"], run["adapters"] = str(base), origin["sha256"]
-    model = load_pretrained(base, run["num_labels"], dtype)
-    if random_start:
-        initialise(model, seed)
-    fill(model, folder / "adapters.safetensors", state)
+    labels = data.TASKS[run["task"]].labels
+    model = load_pretrained(base, max(1, len(labels)), dtype)
+    if run["hyper_parameters"]["init"] == "random":
+        initialise(model, run["hyper_parameters"]["seed"])
+    with naming(path):
+        load_trained_state(model, state)
+    with naming(folder / "run.json"):
+        for phi in space:
+            model.subnet_config(phi)                 # ValueError unless it is part of the maxnet
+    run["base"]["folder"] = str(base)
+    run["adapters"] = origin["sha256"]
     return run, model.to(device), space
 
 
 # ---------------------------------------------------------------------------- the command line
 
-def check_device(name: str) -> str:
-    """The name, if this machine has that device; else ValueError."""
+def check_device(name):
+    """The name, if this machine has that device; otherwise ValueError."""
     try:
         torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
@@ -1149,7 +1336,7 @@ def check_device(name: str) -> str:
     return name
 
 
-def exit_on_bad_input(main: Callable[[], int]) -> int:
+def exit_on_bad_input(main):
     """Runs a command. What the user can put right is told in one sentence, exit code 2.
 
     By convention ValueError and OSError carry that sentence; a bug keeps its traceback.
@@ -1170,293 +1357,321 @@ def exit_on_bad_input(main: Callable[[], int]) -> int:
         return 130
 
 
-class Parser(argparse.ArgumentParser):
+BUDGETS = {"max_params": ("parameters", "parameters"), "max_macs": ("macs", "MACs per token"),
+           "max_size_mb": ("size_mb", "MB"), "max_latency_ms": ("latency_ms", "ms")}
+
+
+class Parser(ArgumentParser):
     """One whose errors are a sentence, and whose help has lines of at most 100 characters."""
 
-    def __init__(self, documentation: str):
-        formatter = lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=26, width=100)
+    def __init__(self, documentation, usage):
         description, _, epilog = documentation.partition("\n\n")
-        super().__init__(description=description, epilog=epilog, formatter_class=formatter,
-                         usage="python %(prog)s [options]")
+        form = partial(RawDescriptionHelpFormatter, max_help_position=26, width=100)
+        super().__init__(usage=usage, description=description, epilog=epilog, formatter_class=form)
 
-    def error(self, message: str):
-        raise ValueError(message)
-
-
-BUDGETS = {"max_params": ("parameters", "parameters"), "max_macs": ("macs", "MACs per token"),
-           "max_latency_ms": ("latency_ms", "ms"), "max_size_mb": ("size_mb", "MB")}
+    def error(self, message):
+        raise ValueError(f"{message}; --help tells more")
 
 
-def parse_arguments(argv: Iterable[str] | None) -> argparse.Namespace:
+def number(kind, fits, words):
+    """For argparse: reads a number that fits; otherwise the error says that it must be `words`."""
+    def read(text):
+        with suppress(ValueError):
+            if fits(value := kind(text)):
+                return value
+        raise ArgumentTypeError(f"must be {words}, not {text}")
+    return read
+
+
+def parse_arguments(argv):
     """The options; ValueError for those that contradict each other, before anything is read."""
-    parser = argparse.ArgumentParser(
-        description="A finished run: measure its palette, choose a subnet, ship it, use it.")
-    parser.add_argument("run", type=Path, help="a run folder, such as runs/toy; or, with --plot, "
-                                               "its log.jsonl")
-    parser.add_argument("--model", type=Path, help="the base checkpoint; default: as in the run")
-    parser.add_argument("--data-dir", type=Path, help="holds SST-2/ etc.; default: as in the run")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, ...; default cpu")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"),
-                        help="of the weights, measured or exported; default float32")
-    parser.add_argument("--subnets", "--subnet", metavar="NAMES",
-                        help="names, separated by commas; default: the whole palette")
-    parser.add_argument("--plot", type=Path, metavar="FILE",
-                        help="draw score against parameters and latency (or, of log.jsonl, the "
-                             "training curves); needs matplotlib")
-    parser.add_argument("--baselines", type=Path, nargs="+", default=[], metavar="RUN",
-                        help="other run folders (or log.jsonl) to draw beside it")
-    group = parser.add_argument_group("choosing: the best subnet within a budget; exit code 3 if "
-                                      "none fits")
-    group.add_argument("--max-params", type=float, metavar="N", help="parameters in all")
-    group.add_argument("--max-macs", type=float, metavar="N",
-                       help="multiply-accumulates per token in the layers' linear maps")
-    group.add_argument("--max-latency-ms", type=float, metavar="MS",
-                       help="median latency of the stand-alone model on this machine, batch 1")
-    group.add_argument("--max-size-mb", type=float, metavar="MB",
-                       help="10^6 bytes of weights, stored in --dtype")
-    group = parser.add_argument_group("shipping")
-    group.add_argument("--export", nargs=2, metavar=("SUBNET", "DIR"),
-                       help="write an ordinary checkpoint: config.json, model.safetensors, the "
-                            "tokenizer, a model card")
-    group.add_argument("--pad-heads", action="store_true", help="add heads of zeros where the "
-                       "transformers library could not load the checkpoint else")
-    group.add_argument("--onnx", action="store_true", help="write model.onnx as well, in float32; "
-                       "needs onnx, onnxscript and onnxruntime")
-    group = parser.add_argument_group("using a model")
-    group.add_argument("--predict", nargs="?", const="-", metavar="TEXT",
-                       help="label and probabilities by --subnet NAME; a decoder completes the "
-                            "text. Without TEXT, or with -: of each line of standard input. Pairs "
-                            "are separated by a tab; what exceeds the run's max_length is cut")
-    group.add_argument("--max-new-tokens", type=int, default=256, help="default 256")
-    group.add_argument("--temperature", type=float, default=0.0, help="default 0: greedy")
-    group.add_argument("--top-p", type=float, default=1.0, help="default 1")
-    group = parser.add_argument_group("HumanEval")
-    group.add_argument("--humaneval", type=Path, metavar="FILE", help="HumanEval.jsonl.gz")
-    group.add_argument("--allow-code-execution", action="store_true",
-                       help="run the generated programs, as the verdict needs")
-    group.add_argument("--samples", type=int, default=1, help="per problem; default 1")
-    group.add_argument("--batch-size", type=int, default=16, help="default 16")
+    positive = number(float, lambda value: value > 0, "above 0")
+    count = number(int, lambda value: value >= 1, "a whole number, at least 1")
+    temperature = number(float, lambda value: value == 0 or value >= 1e-3, "0, or at least 0.001")
+    share = number(float, lambda value: 0 < value <= 1, "above 0 and at most 1")
+
+    parser = Parser(__doc__, "python evaluate.py RUN [options]")
+    parser.add_argument("run", type=Path, metavar="RUN",
+                        help="a run folder, such as runs/toy; with --plot also its log.jsonl")
+    add = parser.add_argument_group("measuring").add_argument
+    add("--subnets", "--subnet", metavar="NAMES",
+        help="names such as w0.5-d2, separated by commas; default: the whole palette")
+    add("--device", default="cpu", help="cpu, cuda, ...; default cpu")
+    add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"),
+        help="of the weights that are measured or exported; default float32")
+    add("--model", type=Path, metavar="DIR", help="the base checkpoint; default: as in the run")
+    add("--data-dir", type=Path, metavar="DIR",
+        help="holds the task's folder, such as SST-2/; default: as in the run")
+
+    add = parser.add_argument_group("choosing the best subnet within a budget").add_argument
+    add("--max-params", type=positive, metavar="N", help="parameters in all, embeddings included")
+    add("--max-macs", type=positive, metavar="N",
+        help="multiply-accumulates per token in the layers' linear maps")
+    add("--max-size-mb", type=positive, metavar="MB", help="10^6 bytes of weights in --dtype")
+    add("--max-latency-ms", type=positive, metavar="MS",
+        help="median milliseconds of a forward pass on this machine: batch 1, at most 128 tokens")
+
+    group = parser.add_argument_group("or one of these")
+    add = group.add_mutually_exclusive_group().add_argument
+    add("--plot", type=Path, metavar="FILE",
+        help="draw score against parameters and latency, or the curves of a log.jsonl, to a .png, "
+             ".svg or .pdf; needs matplotlib")
+    add("--export", nargs=2, metavar=("SUBNET", "DIR"),
+        help="write a checkpoint: config.json, model.safetensors, the tokenizer, a model card")
+    add("--predict", nargs="?", const="-", metavar="TEXT",
+        help="by --subnet NAME: label and probabilities of TEXT, a pair with a tab between; a "
+             "decoder continues it. Without TEXT, or with -: of each line of standard input")
+    add("--humaneval", type=Path, metavar="FILE",
+        help="pass@k (Chen et al., 2021) on HumanEval.jsonl.gz of github.com/openai/human-eval")
+
+    add = parser.add_argument_group("with --export").add_argument
+    add("--pad-heads", action="store_true",
+        help="add heads of zeros where the transformers library cannot load it otherwise")
+    add("--onnx", action="store_true",
+        help="write model.onnx as well, in float32; needs onnx, onnxscript and onnxruntime")
+
+    add = parser.add_argument_group("with --predict of a decoder, and --humaneval").add_argument
+    add("--max-new-tokens", type=count, default=256, metavar="N", help="of a text; default 256")
+    add("--temperature", type=temperature, default=0.0, metavar="T",
+        help="divides the logits; default 0: always the likeliest token")
+    add("--top-p", type=share, default=1.0, metavar="P",
+        help="draw among the likeliest tokens that hold this probability; default 1")
+
+    add = parser.add_argument_group("with --humaneval").add_argument
+    add("--allow-code-execution", action="store_true",
+        help="run the generated programs, as the verdict needs; they may do harm")
+    add("--samples", type=count, default=1, metavar="N", help="per problem; default 1")
+    add("--batch-size", type=count, default=16, metavar="N", help="texts at a time; default 16")
+
     args = parser.parse_args(argv)
+    asked = {key: getattr(args, option) for option, (key, _) in BUDGETS.items()}
+    args.budget = {key: most for key, most in asked.items() if most is not None}
+    check_options(args)
+    if args.plot or args.export:
+        check_targets(args)
+    return args
+
+
+def check_options(args):
+    """ValueError for options that contradict each other."""
     if args.humaneval and not args.allow_code_execution:
         raise ValueError("--humaneval runs programs that a model wrote, which may do harm; nothing "
                          "was run: add --allow-code-execution if this machine may be exposed to "
                          "them")
-    for key in ("samples", "batch_size", "max_new_tokens"):
-        if getattr(args, key) < 1:
-            raise ValueError(f"--{key.replace('_', '-')} must be at least 1")
-    if not ((args.temperature == 0 or args.temperature >= 1e-3) and 0 < args.top_p <= 1):
-        raise ValueError("--temperature must be 0 or at least 0.001, --top-p above 0 and at most 1")
     if args.samples > 1 and args.temperature == 0:
         raise ValueError("--samples above 1 need a --temperature: greedy text is always the same")
-    args.budget = {}
-    for option, (key, _) in BUDGETS.items():
-        if (most := getattr(args, option)) is not None:
-            if not most > 0:
-                raise ValueError(f"--{option.replace('_', '-')} must be above 0, not {most:g}")
-            args.budget[key] = most
     if (args.pad_heads or args.onnx) and not args.export:
         raise ValueError("--pad-heads and --onnx go with --export SUBNET DIR")
-    if args.baselines and not args.plot:
-        raise ValueError("--baselines goes with --plot FILE")
-    args.curves = args.run.suffix == ".jsonl"
-    if args.curves and not args.plot:
-        raise ValueError(f"{args.run}: what to do with it? --plot FILE draws its curves")
-    jobs = (args.predict is not None, args.humaneval, args.export, args.plot or args.budget,
-            args.curves and (args.budget or args.subnets is not None))
-    if sum(map(bool, jobs)) > 1:
-        raise ValueError("--predict, --humaneval, --export, choosing, and drawing the curves of a "
-                         "log are different things; do one at a time")
-    try:
-        (args.predict or "").encode()
-    except UnicodeEncodeError:
-        raise ValueError("--predict: TEXT is not valid UTF-8") from None
-    folder = Path(args.export[1]) if args.export else None
-    empty = folder and folder.is_dir() and not any(folder.iterdir())
-    for path in filter(None, (args.plot, folder)):
-        if path.exists() and not empty:
-            raise FileExistsError(f"{path} exists already; choose another name, or delete it")
-    if args.plot:
-        if args.plot.suffix not in (".png", ".svg", ".pdf") or not args.plot.parent.is_dir():
-            raise ValueError(f"--plot {args.plot}: name a .png, .svg or .pdf file in a folder that "
-                             f"exists")
-        need("--plot", "matplotlib", "matplotlib.figure")
+    if args.budget and any((args.predict is not None, args.humaneval, args.export)):
+        raise ValueError("a --max-... budget goes with no --export, --predict or --humaneval: do "
+                         "one at a time")
+
+
+def check_targets(args):
+    """FileExistsError, or ValueError, if what is asked for cannot be written."""
+    path = args.plot or Path(args.export[1])
+    empty = path.is_dir() and not any(path.iterdir())
+    if path.exists() and not empty:
+        raise FileExistsError(f"{path} exists already; choose another name, or delete it")
     if args.onnx:
-        need("--onnx", "onnx onnxscript onnxruntime", "onnxscript", "onnxruntime")
-    return args
+        require_package("--onnx", "onnx", "onnxscript", "onnxruntime")
+    if args.plot:
+        if path.suffix not in (".png", ".svg", ".pdf") or not path.parent.is_dir():
+            raise ValueError(f"--plot {path}: name a .png, .svg or .pdf file in a folder that "
+                             f"exists")
+        require_package("--plot", "matplotlib")
+
+
+class Opened(NamedTuple):
+    """A run folder, as the options open it."""
+    folder: Path
+    settings: dict                                   # run.json
+    task: data.Task
+    model: SuperTransformer                          # adapters merged: what is shipped is measured
+    space: list[SubnetConfig]
+    subnets: list[SubnetConfig]                      # of these, what the command is about
+    tokenizer: Tokenizer
 
 
 def main(argv: Iterable[str] | None = None) -> int:
     args = parse_arguments(argv)
-    if args.curves:
-        keys = {"stage": int, "step": int}
-        plot_curves(args.plot, {str(path): read_lines(path, keys)
-                                for path in (args.run, *args.baselines)})
+    if args.run.suffix == ".jsonl":
+        if not args.plot or args.budget or args.subnets:
+            raise ValueError(f"{args.run}: --plot FILE draws its curves; do one at a time")
+        plot_curves(args.plot, *read_log(args.run))
         return 0
-    problems = read_lines(args.humaneval, TASK_KEYS) if args.humaneval else []
+    problems = read_lines(args.humaneval, PROBLEM) if args.humaneval else []
     if args.humaneval and not problems:
         raise ValueError(f"{args.humaneval} has no problems")
+    run = open_run(args)
+    if args.humaneval:
+        print_humaneval(args, run, problems)
+        return 0
+    if args.predict is not None:
+        print_predictions(args, run)
+        return 0
+    return print_palette(args, run)
+
+
+def open_run(args):
+    """Loads the run, and finds the subnets that the options name; ValueError if it has them not."""
     dtype = getattr(torch, args.dtype)
-    run, model, space = load_run(args.run, check_device(args.device), dtype, args.model)
+    settings, model, space = load_run(args.run, check_device(args.device), dtype, args.model)
     names = [phi.name for phi in space]
     wanted = names if args.subnets is None else args.subnets.split(",")
-    for name in (*wanted, *(args.export or ())[:1]):
+    if args.export:
+        wanted = args.export[:1]
+    for name in wanted:
         if name not in names:
             raise ValueError(f"there is no subnet {name!r}; this palette has {', '.join(names)}")
     if args.predict is not None and len(wanted) > 1:
         raise ValueError(f"--predict needs one --subnet NAME out of {', '.join(names)}")
-    tokenizer = data.load_tokenizer(run["base"]["folder"], model.config["vocab_size"])
-    model = model.extract(model.maxnet)              # adapters merged: what is shipped is measured
-    chosen = [phi for phi in space if phi.name in wanted]
-    if run["note"]:
-        print(run["note"], file=sys.stderr if args.predict is not None else sys.stdout)
-    if args.humaneval:
-        print_humaneval(args, run, model, chosen, tokenizer, problems)
-        return 0
-    if args.predict is not None:
-        print_predictions(args, run, model, chosen[0], tokenizer)
-        return 0
-    rows, where = measure(args, run, model, space, wanted, tokenizer)
-    shown = [row for row in rows if row["name"] in wanted]
-    metric = data.TASKS[run["task"]].metrics[0]
+    subnets = [phi for phi in space if phi.name in wanted]
+    if settings["note"]:
+        print(settings["note"], file=sys.stderr)
+    tokenizer = data.load_tokenizer(settings["base"]["folder"], model.config["vocab_size"])
+    return Opened(args.run, settings, data.TASKS[settings["task"]], model.extract(model.maxnet),
+                  space, subnets, tokenizer)
+
+
+def print_palette(args, run):
+    """What is asked for, from palette.json if it has that, otherwise measured and printed first."""
+    metric = run.task.metrics[0]
+    task = run.settings["task"]
+    heading = title(task, metric, run.settings["data"]["dev"])
+    stored = read_palette(run.folder)
+    now = {"adapters": run.settings["adapters"], "dtype": args.dtype,
+           "device": device_name(args.device), "threads": torch.get_num_threads(), "batch_size": 1,
+           "length": min(128, run.model.max_tokens),
+           "torch": torch.__version__}
+    rows = stored_rows(args, stored, now)
+    where = conditions(stored["measured"] if rows else now)
+    if not rows:
+        rows = measured_rows(args, run, stored, now)
+        print(heading, table(rows, COLUMNS, metric), where, sep="\n\n", flush=True)
+        keep_palette(run, rows, now)
+    names = [phi.name for phi in run.subnets]
+    shown = [row for row in rows if row["name"] in names]
     if args.plot:
-        others = {str(path): read_palette(path) for path in args.baselines}
-        for path, other in others.items():
-            if other["metric"] != metric:
-                raise ValueError(f"--baselines {path}: there is no palette of {metric} to draw "
-                                 f"beside this one")
-        plot_palette(args.plot, shown, metric,
-                     f"{run['task']}, {Path(run['base']['folder']).name}",
-                     rows[0].get("history", {}).get("sliced teacher"),
-                     {path: other["subnets"] for path, other in others.items()})
+        teacher = rows[0].get("history", {}).get("sliced teacher")
+        plot_palette(args.plot, shown, metric, heading, teacher)
     if args.export:
-        row = next(row for row in rows if row["name"] == args.export[0])
-        phi = next(phi for phi in space if phi.name == args.export[0])
-        ship(args, run, model.extract(phi), [rows[0], row], where)
+        ship(args, run, [rows[0], shown[0]], where)
     return print_choice(shown, args.budget, metric, where) if args.budget else 0
 
 
-def measure(args: argparse.Namespace, run: dict, model: SuperTransformer,
-            space: list[SubnetConfig], wanted: list[str],
-            tokenizer: Tokenizer) -> tuple[list[dict], str]:
-    """(rows, a sentence on how they were measured): from palette.json if it has what is asked for,
-    else measured now, printed and, if it is the whole palette, written."""
-    stored, hp = read_palette(args.run), run["hyper_parameters"]
-    task, length = data.TASKS[run["task"]], min(128, model.max_tokens)
-    metric = task.metrics[0]
-    scored = {"adapters": run["adapters"], "dtype": args.dtype}      # what the scores depend on
-    now = scored | {"device": device_name(args.device), "threads": torch.get_num_threads(),
-                    "batch_size": 1, "length": length, "torch": torch.__version__}
-    wish = now if args.plot or args.max_latency_ms else scored
-    if (args.plot or args.export or args.budget) and not args.data_dir and (
-            wish.items() <= stored["measured"].items()):
-        return stored["subnets"], conditions(stored["measured"])
-    place = args.data_dir or run["data"]["folder"]
-    splits = {name: data.draw(data.encode(tokenizer, part, hp["max_length"]), hp["dev_examples"])
-              for name, part in data.load_task(run["task"], place, train=False).items()}
-    if (found := len(splits["dev"].ids)) != run["data"]["dev"]:
-        raise ValueError(f"{place} has {found:,} dev examples, {args.run} was measured on "
-                         f"{run['data']['dev']:,}: that is other data")
-    names = {space[0].name, *wanted, *(args.export or ())[:1]}               # shares need Φ_1
-    some = [phi for phi in space if phi.name in names]
-    history = {row["name"]: {"history": row["history"]} for row in stored["subnets"]
-               if "history" in row}
-    rows = [row | timed | history.get(row["name"], {}) for row, timed in
-            zip(palette(model, some, task, splits), latency(model, some, 1, length))]
-    base = sum(path.stat().st_size for path in checkpoint_files(run["base"]["folder"]))
-    adapters = (args.run / "adapters.safetensors").stat().st_size
-    print(f"{title(run['task'], metric, found)}\n\n{palette_table(rows, metric)}\n\n"
-          f"{conditions(now)}\nOne supernet stores all {len(space)}: the base checkpoint, "
-          f"{base / 1e6:.1f} MB, and {adapters / 1e6:.1f} MB for this task. Of their own, the "
-          f"{len(rows)} above take {sum(row['size_mb'] for row in rows):.1f} MB in {args.dtype}.",
-          flush=True)
-    if len(rows) == len(space):
+def stored_rows(args, stored, now):
+    """The rows of palette.json, if they answer what is asked; otherwise none."""
+    if args.data_dir or not (args.plot or args.export or args.budget):
+        return []
+    wanted = {key: now[key] for key in ("adapters", "dtype")}        # what scores depend on
+    if args.plot or args.max_latency_ms:
+        wanted = now
+    return stored["subnets"] if wanted.items() <= stored["measured"].items() else []
+
+
+def measured_rows(args, run, stored, now):
+    """A row per subnet, measured now, the maxnet's first: shares need it.
+
+    The scores of earlier moments are those of the stored palette.
+    """
+    hp = run.settings["hyper_parameters"]
+    place = args.data_dir or run.settings["data"]["folder"]
+    splits = {}
+    for name, texts in data.load_task(run.settings["task"], place, train=False).items():
+        examples = data.encode(run.tokenizer, texts, hp["max_length"])
+        splits[name] = data.draw(examples, hp["dev_examples"])
+    found = len(splits["dev"].ids)
+    if found != run.settings["data"]["dev"]:
+        raise ValueError(f"{place} has {found:,} dev examples, {run.folder} was measured on "
+                         f"{run.settings['data']['dev']:,}: that is other data")
+    asked = run.subnets if args.subnets else run.space
+    space = [phi for phi in run.space if phi == run.space[0] or phi in asked]
+    scored = palette(run.model, space, run.task, splits)
+    timed = latency(run.model, space, now["batch_size"], now["length"])
+    past = {row["name"]: {"history": row["history"]} for row in stored["subnets"]
+            if "history" in row}
+    return [row | times | past.get(row["name"], {})
+            for row, times in zip(scored, timed)]
+
+
+def keep_palette(run, rows, measured):
+    """Stores a whole palette. Where that fails, its reader still gets the answer."""
+    if len(rows) == len(run.space):
         try:
-            write_palette(args.run, run, task, rows, now)
+            write_palette(run.folder, run.settings, run.task, rows, measured)
         except OSError as error:
             print(f"warning: the palette could not be stored: {error}", file=sys.stderr)
-    return rows, conditions(now)
 
 
-def ship(args: argparse.Namespace, run: dict, small: SuperTransformer, rows: list[dict],
-         where: str) -> None:
+def ship(args, run, rows, where):
     """--export, and what the transformers library can make of it; rows: the maxnet's, its own."""
-    task, folder, row = data.TASKS[run["task"]], Path(args.export[1]), rows[-1]
-    small, form = common_form(small, args.pad_heads)
+    maxnet, row = rows
+    small, form = common_form(run.model.extract(run.subnets[0]), args.pad_heads)
     if args.pad_heads:                               # what was measured had no heads of zeros
-        sizes = {"name": row["name"], "layers": row["layers"]}
         row = {key: value for key, value in row.items() if not key.endswith("_ms")}
-        row |= describe(small, small.maxnet) | sizes
-    card = model_card(run, [rows[0], row], task.metrics[0], form, args.dtype, where)
+        row |= describe(small, small.maxnet) | {"name": row["name"], "layers": row["layers"]}
+    card = model_card(run.settings, [maxnet, row], run.task.metrics[0], form, args.dtype, where)
+    folder = Path(args.export[1])
+    base = Path(run.settings["base"]["folder"])
     small = small.to(getattr(torch, args.dtype)).cpu()
-    said = export(small, folder, Path(run["base"]["folder"]), task.labels, card, args.onnx)
-    print(f"Wrote {row['name']} to {folder}: {row['size_mb']:.1f} MB in {args.dtype}. "
-          + "\n".join(filter(None, (form, said))), flush=True)
+    export(small, folder, base, run.task.labels, card, args.onnx)
+    print(f"Wrote {row['name']} to {folder}: {row['size_mb']:.1f} MB in {args.dtype}. {form}")
 
 
-def print_predictions(args: argparse.Namespace, run: dict, model: SuperTransformer,
-                      phi: SubnetConfig, tokenizer: Tokenizer) -> None:
+def print_predictions(args, run):
     """--predict: a line for TEXT or for each line of standard input, as soon as it is there."""
-    task, decoder = data.TASKS[run["task"]], isinstance(model, Decoder)
-    small, max_length = model, run["hyper_parameters"]["max_length"]
-    if decoder:
-        small = model.extract(phi).pack()
     stdin = args.predict == "-"
     if stdin and sys.stdin is None:
         raise ValueError("--predict: standard input is closed")
-    texts = sys.stdin.buffer if stdin else [args.predict.encode()]
-    for number, line in enumerate(texts, 1):
-        try:
-            text = line.decode().rstrip("\r\n") if stdin else args.predict
+    phi = run.subnets[0]
+    decoder = isinstance(run.model, Decoder)
+    model = run.model.extract(phi) if decoder else run.model
+    for number, line in enumerate(sys.stdin.buffer if stdin else [os.fsencode(args.predict)], 1):
+        with naming(f"standard input, line {number}" if stdin else "--predict"):
+            text = line.decode().rstrip("\r\n" if stdin else "")
             if decoder:
-                said = text + generate(small, tokenizer, [text], args.max_new_tokens,
-                                       args.temperature, args.top_p)[0]
+                report = text + generate(model, run.tokenizer, [text], args.max_new_tokens,
+                                         args.temperature, args.top_p)[0]
             else:
-                said = answer(model, phi, tokenizer, task, text, max_length)
-        except ValueError as error:
-            where = f"standard input, line {number}: " if stdin else ""
-            what = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else error
-            raise ValueError(f"{where}{what}") from None
-        print(said, flush=True)
+                report = answer(model, phi, run.tokenizer, run.task, text,
+                                run.settings["hyper_parameters"]["max_length"])
+        print(report, flush=True)
 
 
-def print_choice(rows: list[dict], budget: dict[str, float], metric: str, where: str) -> int:
+def print_choice(rows, budget, metric, where):
     """The best and the next best within the budget; exit code 3 if there is none."""
-    units = dict(BUDGETS.values())
-    number = lambda value: f"{value:,.0f}" if value >= 1e4 else f"{value:,.6g}"
-    within = ", ".join(f"{number(most)} {units[key]}" for key, most in budget.items())
+    def costs(row):
+        return ", ".join(f"{round(row[key], 3):,.12g} {unit}" for key, unit in BUDGETS.values()
+                         if key in row)
+
     chosen = choose(rows, budget, metric)
     if not chosen:
         least = min(rows, key=lambda row: row["parameters"])
-        over = ", ".join(f"{number(least[key])} {units[key]} ({least[key] / most - 1:.0%} over)"
-                         for key, most in budget.items() if least[key] > most)
-        print(f"error: no subnet fits within {within}; the smallest, {least['name']}, has {over}",
-              file=sys.stderr)
+        has = costs({key: least[key] for key in budget})
+        print(f"error: no subnet fits within {costs(budget)}; the smallest, {least['name']}, has "
+              f"{has}", file=sys.stderr)
         return 3
-    print(f"Within {within}:")
-    for rank, row in zip(("best", "next best"), chosen):
-        latency = f", {row['latency_ms']:.2f} ms" if "latency_ms" in row else ""
-        print(f"  {rank + ':':10} {row['name']} ({quality(row, metric)}): "
-              f"{row['parameters'] / 1e6:.2f}M parameters, {row['macs'] / 1e6:.2f}M MACs per "
-              f"token, {row['size_mb']:.1f} MB{latency}")
+    print(f"Within {costs(budget)}, the best first:")
+    for row in chosen[:2]:
+        print(f"{row['name']} ({quality(row, metric)}): {costs(row)}")
     print(where)
     return 0
 
 
-def print_humaneval(args: argparse.Namespace, run: dict, model: SuperTransformer,
-                    space: list[SubnetConfig], tokenizer: Tokenizer, problems: list[dict]) -> None:
+def print_humaneval(args, run, problems):
     """A line per subnet; its completions go to humaneval-SUBNET.jsonl in the run folder."""
-    if not isinstance(model, Decoder):
-        raise ValueError(f"{args.run} is an encoder; --humaneval needs one that generates text")
+    if not isinstance(run.model, Decoder):
+        raise ValueError(f"{run.folder} is an encoder; --humaneval needs one that generates text")
     settings = {key: getattr(args, key) for key in ("max_new_tokens", "temperature", "top_p")}
-    origin = {"adapters": data.sha256([args.run / "adapters.safetensors"]),
+    origin = {"adapters": data.sha256([run.folder / "adapters.safetensors"]),
               "problems": data.sha256([args.humaneval]), "dtype": args.dtype}
-    for phi in space:
-        path = args.run / f"humaneval-{phi.name}.jsonl"
-        found = humaneval(model.extract(phi).pack(), tokenizer, problems, path, origin,
+    for phi in run.subnets:
+        path = run.folder / f"humaneval-{phi.name}.jsonl"
+        found = humaneval(run.model.extract(phi), run.tokenizer, problems, path, origin,
                           args.samples, args.batch_size, **settings)
-        error = found.pop("stderr")
-        print(f"{phi.name}: " + ", ".join(f"{k} {100 * v:.1f}" for k, v in found.items())
-              + f" (± {100 * error:.1f}); {len(problems)} problems, {args.samples} samples each, "
+        points = ", ".join(f"{name} {100 * value:.1f}" for name, value in found.items())
+        print(f"{phi.name}: {points}; {len(problems)} problems, {args.samples} samples each, "
               f"{args.dtype}", flush=True)
 
 

@@ -725,8 +725,7 @@ class Run:
             self.measure(f"stage {event.stage}" if event.stage else "sliced teacher")
             print(evaluate.final_table(self.palette, self.task.metrics[0], 2), flush=True)
             evaluate.save_adapters(self.folder, self.model, self.settings)
-        evaluate.save_state(self.folder, self.model, state.moments, state.U, state.stage,
-                            state.step)
+        evaluate.save_state(self.folder, self.model, state)
         self.settings["peak_memory"] = evaluate.peak_memory(self.settings["device"])
         evaluate.write_json(self.folder / "run.json", self.settings)
         self.started = time.monotonic()
@@ -863,7 +862,7 @@ def prepare(args, given):
     splits = {split: data.draw(part, hp.dev_examples) for split, part in splits.items()}
     counts = {split: len(part.ids) for split, part in splits.items()}
     settings = {
-        "task": name, "note": note, "num_labels": max(1, len(data.TASKS[name].labels)),
+        "task": name, "note": note,
         "base": {"folder": str(model_folder.resolve()),
                  "sha256": evaluate.base_digest(model_folder)},
         "data": {"folder": str(data_folder.resolve()), "skipped": rows["train"].skipped,
@@ -962,7 +961,7 @@ GROUPS = {                                           # by the setting that begin
 
 def parse_arguments(argv):
     """The run's options, and those hyper-parameters that were given."""
-    parser = evaluate.Parser(__doc__)
+    parser = evaluate.Parser(__doc__, "python mlfs.py [options]")
     parser.add_argument("--task", default="toy", help=f"{', '.join(data.TASKS)}; default toy")
     parser.add_argument("--model", type=Path, help="checkpoint folder; default BERT-base")
     parser.add_argument("--data-dir", type=Path, help="holds SST-2/ etc.; default weights/glue")

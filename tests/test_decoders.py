@@ -574,7 +574,8 @@ def test_a_decoder_is_chosen_exported_and_completes_a_text(run, capsys):
     lowest = min(rows, key=lambda row: row["score"])
     assert best["score"] <= lowest["score"] + lowest["stderr"]
     out = capsys.readouterr().out
-    assert f"best:      {best['name']} ({best['score']:.3f}" in out and " ms\n" in out
+    assert "Within 1,000,000,000 parameters, 1,000,000,000 ms, the best first:" in out
+    assert f"\n{best['name']} ({best['score']:.3f} ± " in out and " ms\n" in out
     assert evaluate.main([str(folder), "--export", "w0.5-d2", "out"]) == 0
     assert "The transformers library can load it." in capsys.readouterr().out
     small, tokenizer = load_pretrained("out"), data.load_tokenizer("out")
@@ -822,7 +823,7 @@ def test_no_generated_code_runs_without_leave(run, tmp_path, monkeypatch, capsys
         evaluate, "check_correctness", lambda *a: {"passed": True, "result": "passed"}
     )
     assert evaluate.main([*allowed, "--subnets", "w0.5-d2", "--max-new-tokens", "4"]) == 0
-    assert "w0.5-d2: pass@1 100.0 (± 0.0); 3 problems" in capsys.readouterr().out
+    assert "w0.5-d2: pass@1 100.0, stderr 0.0; 3 problems" in capsys.readouterr().out
     assert len((folder / "humaneval-w0.5-d2.jsonl").read_text().splitlines()) == 3
 
 

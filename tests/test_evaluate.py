@@ -13,7 +13,7 @@ import torch
 import data
 import evaluate
 import mlfs
-from conftest import LOAD_TOY, load_small_toy, tiny_bert
+from conftest import LOAD_TOY, load_small_toy
 from evaluate import accuracy, f1, matthews, pearson, spearman
 
 P = np.array([1, 1, 0, 1, 0, 0, 1, 0, 1, 1])

@@ -4,18 +4,14 @@ import json
 import random
 import shutil
 
-<<<<<<< HEAD
+import data
+import evaluate
 import evidence
 from conftest import RUN_OPTIONS, load_small_toy
 
-import data
-import evaluate
-=======
-import data
-import evaluate
-import evidence
-from conftest import RUN_OPTIONS, load_small_toy
->>>>>>> h-data
+# What palette.json says of a subnet's sizes; the tables show the parameters.
+SIZES = {"heads": 1, "hidden_size": 1, "intermediate_size": 1, "layers": [0], "macs": 1}
+SIZES |= {"parameters": 2_000_000, "encoder_parameters": 1_000_000, "size_mb": 8.0}
 
 
 def test_no_phrase_of_a_held_out_sentence_is_trained_on(tmp_path, capsys):
@@ -80,11 +76,9 @@ def test_tables_show_means_standard_errors_and_gains_seed_by_seed(tmp_path, monk
         for seed, score in [(0, 0.80)] * (variant != "supernet") + [(1, 0.82)]:
             folder = tmp_path / "third" / f"{variant}-seed{seed}"
             folder.mkdir(parents=True)
-            rows = [{"name": n, "score": score + more, "parameters": 1e6} for n in names]
-            content = {"task": "sst2", "metric": "accuracy", "subnets": rows}
-            evaluate.write_json(
-                folder / "palette.json", content | {"sha256": evaluate.text_digest(content)}
-            )
+            rows = [SIZES | {"name": n, "score": score + more, "stderr": 0.1} for n in names]
+            content = {"task": "sst2", "metric": "accuracy", "measured": {}, "subnets": rows}
+            evaluate.write_json(folder / "palette.json", content)
             run = {
                 "task": "sst2",
                 "data": {"dev": 2000, "folder": "held-out"},
@@ -111,10 +105,10 @@ def test_a_decoders_tables_show_nats_with_and_without_distillation_and_over_the_
     def result(name, seed, score, losses):
         folder = tmp_path / f"{name}-seed{seed}"
         folder.mkdir(parents=True)
-        row = {"name": "w1-d2", "parameters": 2e6, "encoder_parameters": 1e6, "stderr": 0.1}
+        row = SIZES | {"name": "w1-d2", "stderr": 0.1}
         history = {"sliced teacher": 9.0, "stage 2": score}
-        content = {"subnets": [row | {"score": score, "history": history}]}
-        content["sha256"] = evaluate.text_digest(content)
+        rows = [row | {"score": score, "history": history}]
+        content = {"metric": "loss", "measured": {}, "subnets": rows}
         evaluate.write_json(folder / "palette.json", content)
         run = {"task": "python", "data": {"dev": 24, "folder": "lib"}}
         evaluate.write_json(folder / "run.json", run | {"hyper_parameters": {"seed": seed}})

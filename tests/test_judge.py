@@ -16,6 +16,11 @@ import conftest  # noqa: F401, makes the modules importable
 import evaluate
 from evaluate import check_correctness
 
+# Of evaluate.py's imports those that its judge needs.
+IMPORTS = """import ctypes, glob, inspect, json, os, pickle, signal, struct, subprocess, sys, tempfile
+import time
+from contextlib import suppress
+"""
 SYSTEM_PYTHON = pathlib.Path("/usr/bin/python3")  # readable by every user
 PROBLEM = {
     "task_id": "Test/0",
@@ -150,7 +155,9 @@ CHEATS = {
     "pickled call": "    class P:\n        def __reduce__(self): return os.write, (1, b'passed')\n"
     "    return P()\n",
     "pickled verdict": "    class P:\n        def __reduce__(self):\n"
-    '            return eval, (\'__import__("__main__").finish("passed")\',)\n    return P()\n',
+    "            return eval, ('next(f for f in __import__(\"gc\").get_objects()'\n"
+    "                          ' if getattr(f, \"__name__\", 0) == \"finish\")(\"passed\")',)\n"
+    "    return P()\n",
     "frames": "    import gc, inspect\n    frame = sys._getframe()\n    while frame:\n"
     "        for v in [*frame.f_locals.values(), *frame.f_globals.values()]:\n"
     "            if hasattr(v, 'fileno'): os.write(v.fileno(), b'passed')\n"
@@ -273,6 +280,7 @@ assert started < 10
         ("s = '\ud800'", "failed: UnicodeEncodeError"),
         ("\u00fc = '\u4e2d'", "passed"),
         ("raise type('passed\\n' * 99, (Exception,), {})", "failed: passed passed"),
+        ("assert not {'torch', 'numpy', 'evaluate', 'data'} & sys.modules.keys()", "passed"),
         ("import typing, hashlib, string, heapq, random, datetime, encodings.cp1252", "passed"),
     ],
 )
@@ -410,32 +418,33 @@ if x == 2 and os.fork() == 0:
         "trace": (body("open(f'/proc/{PARENT}/mem', 'rb')"), 3.0),
         "signal": (body("os.kill(PARENT, 0)"), 3.0),
     }
-    script = f"""
+    script = """
 import sys, os, json, tempfile
 source, problem, cases = json.load(sys.stdin)
-namespace = {{"__name__": "judge"}}
-exec(source, namespace)
 folder = tempfile.mkdtemp()
+os.mkdir(folder + "/source")
+open(folder + "/source/judge.py", "w").write(source)
+sys.path.insert(0, folder + "/source")
+import judge  # a file: the judge reads the source of its own functions
 tempfile.tempdir = folder
 os.mkdir(folder + "/t")
 sentinel = tempfile.mkdtemp() + "/sentinel"
 open(sentinel, "w").write("here")
 tempfile.tempdir = folder + "/t"
-results = {{}}
+results = {}
 for name, (completion, timeout) in cases.items():
     completion = completion.replace("SENTINEL", repr(sentinel)).replace("FOLDER", repr(folder))
     completion = completion.replace("PARENT", str(os.getpid()))
-    results[name] = namespace["check_correctness"](problem, completion, timeout)["result"]
+    results[name] = judge.check_correctness(problem, completion, timeout)["result"]
 results["left"] = os.listdir(tempfile.tempdir)
 results["kept"] = os.path.exists(sentinel) and open(sentinel).read() == "here"
 __import__("shutil").rmtree(folder)
 print(json.dumps(results))
 """
     source = pathlib.Path(evaluate.__file__).read_text()
-    start, end = source.index("LIMITS = {"), source.index(
-        "# ----", source.index("def check_correctness")
-    )
-    source = "import json, os, subprocess, sys, tempfile\n" + source[start:end]
+    start = source.index("LIMITS = {")
+    end = source.index("# ----", source.index("def check_correctness"))
+    source = IMPORTS + source[start:end]
     if variant in ("no namespaces", "limits only"):
         source = without(source, "libc.unshare")
     if variant in ("no Landlock", "limits only"):

@@ -369,7 +369,7 @@ def test_a_resumed_run_ends_with_the_same_adapters(tmp_path, stop, teacher):
     for at in m.mlfs(first, examples(), space, hp, state):
         if (at.stage, at.step) == stop and isinstance(at, m.Updated):
             assert (state.stage, state.step) == stop
-            evaluate.save_state(tmp_path, first, state.moments, state.U, state.stage, state.step)
+            evaluate.save_state(tmp_path, first, state)
             break
     state = m.State(**evaluate.load_state(tmp_path, second))
     for at in m.mlfs(second, examples(), space, hp, state):

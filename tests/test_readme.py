@@ -10,12 +10,12 @@ import sys
 import types
 from pathlib import Path
 
-import evidence
 import pytest
 import torch
 
 import data
 import evaluate
+import evidence
 import mlfs
 from model import ElasticLinear
 

@@ -608,7 +608,7 @@ def main() -> int:
     elif what == "gradients":
         gradients()
     elif what == "tables":
-        evaluate.need("tables", "matplotlib", "matplotlib")
+        evaluate.require_package("tables", "matplotlib")
         rewrite()
     else:
         print(__doc__)

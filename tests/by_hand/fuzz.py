@@ -126,8 +126,9 @@ def read_palette(folder: Path) -> object:
     rows, metric = palette["subnets"], palette["metric"]
     if rows:
         evaluate.choose(rows, {"parameters": 1e9}, metric)
-        tables = evaluate.final_table(rows, metric) + evaluate.palette_table(rows, metric)
-        return tables, evaluate.conditions(palette["measured"])
+        measured = evaluate.table(rows, evaluate.COLUMNS, metric)
+        conditions = evaluate.conditions(palette["measured"])
+        return evaluate.final_table(rows, metric) + measured, conditions
     return palette
 
 
@@ -136,7 +137,7 @@ def read_code(folder: Path) -> object:
 
 
 def read_problems(name: str) -> Callable:
-    return lambda folder: evaluate.read_lines(folder / name, evaluate.TASK_KEYS)
+    return lambda folder: evaluate.read_lines(folder / name, evaluate.PROBLEM)
 
 
 # --------------------------------------------------------------------------------------- targets
@@ -260,7 +261,7 @@ def make_source(folder: Path) -> None:
     hp = mlfs.HyperParameters(epochs=(1, 1, 0), rank=2, batch_size=4, max_length=8)
     space = mlfs.configuration_space(model.maxnet, (1, 0.5), (1, 0.5))
     settings = {
-        "task": "sst2",
+        "task": "mnli",
         "note": "",
         "num_labels": model.config["num_labels"],
         "base": {
@@ -294,8 +295,8 @@ def make_source(folder: Path) -> None:
     run = folder / "run"
     evaluate.write_json(run / "run.json", settings)
     evaluate.save_adapters(run, model, settings)
-    evaluate.save_state(run, model, state.moments, state.U, state.stage, state.step)
-    evaluate.write_palette(run, settings, data.TASKS["sst2"], rows, measured)
+    evaluate.save_state(run, model, state)
+    evaluate.write_palette(run, settings, data.TASKS["mnli"], rows, measured)
     (run / "log.jsonl").write_text(log)
 
 
