@@ -1,23 +1,54 @@
 """Measures a run of MLFS: score, size and latency of every subnet. Chooses one, ships it, uses it.
 
-    python evaluate.py runs/toy                      # the palette, on this machine
-    python evaluate.py runs/toy --max-latency-ms 0.8 # the best subnet within a budget
-    python evaluate.py runs/toy --plot palette.png   # a picture; of runs/toy/log.jsonl: its curves
-    python evaluate.py runs/toy --export w0.5-d2 DIR # an ordinary checkpoint
+    python evaluate.py runs/toy                          the palette, measured on this machine
+    python evaluate.py runs/toy --max-latency-ms 0.8     the best subnet within a budget
+    python evaluate.py runs/toy --export w0.5-d2 DIR     an ordinary checkpoint
     python evaluate.py runs/toy --subnet w0.5-d2 --predict "the plot is clever ."
     python evaluate.py runs/python-santacoder --humaneval HumanEval.jsonl.gz --allow-code-execution
 
-A run folder holds what mlfs.py leaves, and what is measured here:
-    run.json              all settings, the base checkpoint and its sha256, the subnets' shapes
-    log.jsonl             losses and validation scores, by stage and step
-    palette.json, .md     a row per subnet: sizes, scores and, once measured here, latencies
-    adapters.safetensors  A_s, B_s, the head, the permutation: all to keep beside the base model
-    state.safetensors     what mlfs.py --resume goes on from
-    humaneval-*.jsonl     a subnet's judged completions; the same command goes on with them
+What is measured:
+  RUN                   a run folder; with --plot also its log.jsonl
+  --subnets NAMES       such as w1-d4,w0.5-d2, or --subnet NAME; default: the whole palette
+  --device DEVICE       cpu, cuda, ...; default cpu
+  --dtype DTYPE         of the weights: float32 (the default), bfloat16 or float16
+  --model DIR           the base checkpoint; default: as in the run
+  --data-dir DIR        holds the task's folder, such as SST-2/; default: as in the run
 
-Exit codes: 0 done, 2 bad input, 3 no subnet fits the budget, 130 stopped.
+Choosing the best subnet within a budget:
+  --max-params N        parameters in all, embeddings included
+  --max-macs N          multiply-accumulates per token in the layers' linear maps
+  --max-size-mb MB      10^6 bytes of weights in --dtype
+  --max-latency-ms MS   median of a forward pass on this machine: batch 1, at most 128 tokens
+
+Or one of these:
+  --plot FILE           score against parameters and latency, or the curves of a log.jsonl, as .png,
+                        .svg or .pdf; needs matplotlib
+  --export SUBNET DIR   a checkpoint: config.json, model.safetensors, the tokenizer, a model card
+    --pad-heads         with heads of zeros, where the transformers library cannot load it otherwise
+    --onnx              model.onnx as well, in float32; needs onnx, onnxscript and onnxruntime
+  --predict [TEXT]      by --subnet NAME: label and probabilities, of a pair with a tab between; a
+                        decoder continues it. Without TEXT, or with -: each line of standard input
+  --humaneval FILE      pass@k (Chen et al., 2021) on HumanEval.jsonl.gz, of openai/human-eval
+    --allow-code-execution    run the generated programs, as the verdict needs; they may do harm
+    --samples N         per problem; default 1
+    --batch-size N      texts at a time; default 16
+  With --predict of a decoder, and --humaneval:
+    --max-new-tokens N  of a text; default 256
+    --temperature T     divides the logits; default 0: always the likeliest token
+    --top-p P           draw among the likeliest tokens that hold this probability; default 1
+
+A run folder holds what mlfs.py leaves, and what is measured here:
+  run.json              all settings, the base checkpoint and its sha256, the subnets' shapes
+  log.jsonl             losses and validation scores, by stage and step
+  palette.json, .md     a row per subnet: sizes, scores and, once measured here, latencies
+  adapters.safetensors  A_s, B_s, the head, the permutation: all to keep beside the base model
+  state.safetensors     what mlfs.py --resume goes on from
+  humaneval-*.jsonl     a subnet's judged completions; the same command goes on with them
+
+Exit codes: 0 done; 2 bad input; 3 no subnet fits the budget; 130 stopped.
 """
 import ctypes
+import fcntl
 import glob
 import gzip
 import hashlib
@@ -31,6 +62,7 @@ import os
 import pickle
 import platform
 import re
+import resource
 import shutil
 import signal
 import struct
@@ -406,25 +438,25 @@ def plot_palette(path, rows, metric, heading, teacher):
 def read_log(path):
     """Curves of a log.jsonl, and the iterations at which the three stages start.
 
-    A curve is [(iteration, value)], kept by kind ("loss", "validation"), subnet and stage.
-    ValueError if there is none, or what no run wrote.
+    A curve is [(iteration, value)], by kind ("loss", "validation") and subnet. ValueError if there
+    is none, or what no run wrote.
     """
     entries = read_lines(path, PLACE)
     starts = [0]
-    for stage in range(2):
+    for stage in range(3):
         steps = [entry["step"] for entry in entries if entry["stage"] == stage]
         starts.append(starts[-1] + max(steps, default=0))
-    curves = {}
+    curves = {"loss": {}, "validation": {}}
     with naming(f"{path} is not one of ours, or was edited"):
-        for entry, kind in itertools.product(entries, ("loss", "validation")):
-            stage = entry["stage"]
-            if stage not in range(3):
-                raise ValueError(f"there is no stage {stage}")
+        for entry, kind in itertools.product(entries, curves):
+            if entry["stage"] not in range(3):
+                raise ValueError(f"there is no stage {entry['stage']}")
             values = entry.get(kind, {})
             check_form(values, {str: float}, kind)
             for name, value in values.items():
-                stages = curves.setdefault(kind, {}).setdefault(name, ([], [], []))
-                stages[stage].append((starts[stage] + entry["step"], value))
+                iteration = starts[entry["stage"]] + entry["step"]
+                curves[kind].setdefault(name, []).append((iteration, value))
+    curves = {kind: subnets for kind, subnets in curves.items() if subnets}
     if not curves:
         raise ValueError(f"{path} has no losses yet")
     return curves, starts
@@ -435,17 +467,12 @@ def plot_curves(path, curves, starts):
     all stages (Figs. 2, 5 and 7); see `read_log`."""
     with picture(path, len(curves)) as (_, axes):
         for axis, (kind, subnets) in zip(axes, curves.items()):
-            for i, (name, stages) in enumerate(sorted(subnets.items())):
-                color = f"C{i % 10}"
-                axis.plot([], [], color=color, label=name)
-                for points in filter(None, stages):
-                    window = min(10 if kind == "loss" else 1, math.ceil(len(points) / 3))
-                    weights = np.full(window, 1 / window)
-                    steps, values = np.transpose(points)
-                    axis.plot(np.convolve(steps, weights, "valid"),
-                              np.convolve(values, weights, "valid"),
-                              marker="." if len(points) == 1 else "", color=color)
-            for start in starts[1:]:
+            for name, points in sorted(subnets.items()):
+                window = min(10 if kind == "loss" else 1, math.ceil(len(points) / 3))
+                weights = np.full(window, 1 / window)
+                x, y = (np.convolve(v, weights, "valid") for v in np.transpose(points))
+                axis.plot(x, y, marker="." if len(x) == 1 else "", label=name)
+            for start in starts[1:3]:
                 axis.axvline(start, color="gray", linewidth=0.5)
             axis.set_xlabel("iterations of the three stages")
             axis.set_ylabel("training loss" if kind == "loss" else "validation score")
@@ -485,27 +512,22 @@ def export(small, folder, base, labels, card, onnx=False):
 
 
 def common_form(small, pad):
-    """The model with heads of zeros added if `pad`, and what other libraries can make of it."""
+    """The model, with heads of zeros added if `pad`, and what other libraries can make of it."""
     config = small.config
     own = config["num_attention_heads"]
-    shape = f"{own} heads of {config['head_dim']} at hidden size {config['hidden_size']}"
     heads = common_heads(small)
+    shape = f"{own} heads of {config['head_dim']} at hidden size {config['hidden_size']}"
     if pad and heads == own:
         raise ValueError(f"--pad-heads: nothing to pad, other libraries can express {shape}")
     if pad and heads is None:
-        raise ValueError(f"--pad-heads: no number of heads helps; others cannot express {shape}")
+        raise ValueError(f"--pad-heads: no number of heads makes others express {shape}")
+    if pad:
+        return pad_heads(small, heads), f"The transformers library can load its {heads} heads."
     if heads == own:
         return small, "The transformers library can load it."
-    why = f"The transformers library's {type(small).__name__} cannot express {shape}"
-    if heads is None:
-        return small, f"{why}, padded or not; load_pretrained of model.py reads it."
-    padded = pad_heads(small, heads)
-    before = millions(describe(small, small.maxnet)["parameters"])
-    after = millions(describe(padded, padded.maxnet)["parameters"])
-    cost = f"{heads} heads, some of zeros: {after} instead of {before} parameters"
-    if pad:
-        return padded, f"The transformers library can load it, padded to {cost}."
-    return small, f"{why}; load_pretrained of model.py reads it; --pad-heads makes it {cost}."
+    remedy = f"; --pad-heads would make it {heads} heads" if heads else ""
+    return small, (f"load_pretrained of model.py reads it; the transformers library cannot express "
+                   f"{shape}{remedy}.")
 
 
 class Logits(torch.nn.Module):
@@ -914,8 +936,6 @@ def isolate(libc, user):
 
 def child(timeout, limits, user):
     """The child interpreter's program: one verdict on standard output."""
-    import resource  # Windows has none
-
     libc = ctypes.CDLL(None)
     if user:
         open_library()
@@ -949,7 +969,7 @@ def child(timeout, limits, user):
 
 
 RUNNER = "\n\n".join((                               # the child's whole source
-    "import ctypes, glob, json, os, pickle, signal, struct, sys, time",
+    "import ctypes, glob, json, os, pickle, resource, signal, struct, sys, time",
     "from contextlib import suppress",
     *map(inspect.getsource, (Linux, PlainUnpickler, plain, serve_calls, run_asserts, kill_all,
                              give_up_rights, open_library, isolate, child)),
@@ -1093,10 +1113,6 @@ def check_settings(folder, old, settings):
 
 def lock(folder):
     """Until this process ends no other can train into the folder; FileExistsError if one does."""
-    try:
-        import fcntl  # absent on Windows
-    except ImportError:
-        return
     LOCKS.append(open(folder / ".lock", "w"))
     try:
         fcntl.lockf(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -1266,10 +1282,6 @@ def peak_memory(device):
     """Bytes: the process's largest resident size; on a GPU, the largest allocation there."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource  # absent on Windows
-    except ImportError:
-        return 0
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
@@ -1391,58 +1403,29 @@ def parse_arguments(argv):
     share = number(float, lambda value: 0 < value <= 1, "above 0 and at most 1")
 
     parser = Parser(__doc__, "python evaluate.py RUN [options]")
-    parser.add_argument("run", type=Path, metavar="RUN",
-                        help="a run folder, such as runs/toy; with --plot also its log.jsonl")
-    add = parser.add_argument_group("measuring").add_argument
-    add("--subnets", "--subnet", metavar="NAMES",
-        help="names such as w0.5-d2, separated by commas; default: the whole palette")
-    add("--device", default="cpu", help="cpu, cuda, ...; default cpu")
-    add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"),
-        help="of the weights that are measured or exported; default float32")
-    add("--model", type=Path, metavar="DIR", help="the base checkpoint; default: as in the run")
-    add("--data-dir", type=Path, metavar="DIR",
-        help="holds the task's folder, such as SST-2/; default: as in the run")
-
-    add = parser.add_argument_group("choosing the best subnet within a budget").add_argument
-    add("--max-params", type=positive, metavar="N", help="parameters in all, embeddings included")
-    add("--max-macs", type=positive, metavar="N",
-        help="multiply-accumulates per token in the layers' linear maps")
-    add("--max-size-mb", type=positive, metavar="MB", help="10^6 bytes of weights in --dtype")
-    add("--max-latency-ms", type=positive, metavar="MS",
-        help="median milliseconds of a forward pass on this machine: batch 1, at most 128 tokens")
-
-    group = parser.add_argument_group("or one of these")
-    add = group.add_mutually_exclusive_group().add_argument
-    add("--plot", type=Path, metavar="FILE",
-        help="draw score against parameters and latency, or the curves of a log.jsonl, to a .png, "
-             ".svg or .pdf; needs matplotlib")
-    add("--export", nargs=2, metavar=("SUBNET", "DIR"),
-        help="write a checkpoint: config.json, model.safetensors, the tokenizer, a model card")
-    add("--predict", nargs="?", const="-", metavar="TEXT",
-        help="by --subnet NAME: label and probabilities of TEXT, a pair with a tab between; a "
-             "decoder continues it. Without TEXT, or with -: of each line of standard input")
-    add("--humaneval", type=Path, metavar="FILE",
-        help="pass@k (Chen et al., 2021) on HumanEval.jsonl.gz of github.com/openai/human-eval")
-
-    add = parser.add_argument_group("with --export").add_argument
-    add("--pad-heads", action="store_true",
-        help="add heads of zeros where the transformers library cannot load it otherwise")
-    add("--onnx", action="store_true",
-        help="write model.onnx as well, in float32; needs onnx, onnxscript and onnxruntime")
-
-    add = parser.add_argument_group("with --predict of a decoder, and --humaneval").add_argument
-    add("--max-new-tokens", type=count, default=256, metavar="N", help="of a text; default 256")
-    add("--temperature", type=temperature, default=0.0, metavar="T",
-        help="divides the logits; default 0: always the likeliest token")
-    add("--top-p", type=share, default=1.0, metavar="P",
-        help="draw among the likeliest tokens that hold this probability; default 1")
-
-    add = parser.add_argument_group("with --humaneval").add_argument
-    add("--allow-code-execution", action="store_true",
-        help="run the generated programs, as the verdict needs; they may do harm")
-    add("--samples", type=count, default=1, metavar="N", help="per problem; default 1")
-    add("--batch-size", type=count, default=16, metavar="N", help="texts at a time; default 16")
-
+    parser.format_help = lambda: __doc__             # written by hand: what goes with what
+    add = parser.add_argument
+    add("run", type=Path, metavar="RUN")
+    add("--subnets", "--subnet")
+    add("--device", default="cpu")
+    add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    add("--model", type=Path)
+    add("--data-dir", type=Path)
+    for budget in BUDGETS:
+        add("--" + budget.replace("_", "-"), type=positive)
+    one_of = parser.add_mutually_exclusive_group().add_argument
+    one_of("--plot", type=Path)
+    one_of("--export", nargs=2)
+    one_of("--predict", nargs="?", const="-")
+    one_of("--humaneval", type=Path)
+    add("--pad-heads", action="store_true")
+    add("--onnx", action="store_true")
+    add("--allow-code-execution", action="store_true")
+    add("--samples", type=count, default=1)
+    add("--batch-size", type=count, default=16)
+    add("--max-new-tokens", type=count, default=256)
+    add("--temperature", type=temperature, default=0.0)
+    add("--top-p", type=share, default=1.0)
     args = parser.parse_args(argv)
     asked = {key: getattr(args, option) for option, (key, _) in BUDGETS.items()}
     args.budget = {key: most for key, most in asked.items() if most is not None}

@@ -20,12 +20,14 @@ saved, the same command with --resume goes on.
 # needs and the algorithm does not say, then the run around it, and the command line.
 import argparse
 import dataclasses
+import inspect
 import itertools
 import json
 import math
 import os
 import platform
 import random
+import re
 import signal
 import sys
 import time
@@ -34,7 +36,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from fractions import Fraction
 from pathlib import Path
-from typing import Callable, Iterable, Iterator, NamedTuple
+from typing import Callable, Iterable, Iterator, Literal, NamedTuple, get_args, get_origin
 
 import numpy as np
 import torch
@@ -49,60 +51,56 @@ from model import Decoder, SubnetConfig, SuperTransformer, initialise, load_pret
 
 # ------------------------------------------------------------------------------ hyper-parameters
 
-def setting(default, help: str, choices: tuple[str, ...] = ()):
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
-
-
 @dataclass(frozen=True)
 class HyperParameters:
-    """Every knob: default, the paper's symbol, its source. The command line is made from it."""
-    rank: int = setting(8, "r, rank of A_s and B_s (App. A)")
-    alpha: float = setting(0.9, "α, distillation factor in [0, 1] (App. A)")
-    beta: float = setting(0.1, "β_l, weight of the feature loss, the same for all l (App. A)")
-    gamma: float = setting(2.0, "γ of the gradient scaling (App. A: 1 for SST-2, 2 otherwise; "
-                           "Prop. 2 has γ ≥ 1, 0 switches the scaling off)")
-    temperature: float = setting(1.0, "t ≥ 1 of the KD loss (Sec. 5, no value given)")
-    d_low: int = setting(64, "d_low, rows of the projections U (Sec. 5, no value given)")
-    num_subnets: int = setting(4, "K, subnets an iteration: maxnet, minnet, K-2 drawn (Eq. 4)")
-    epochs: tuple[int, ...] = setting((8, 8, 8), "E_0,E_1,E_2, epochs of the three stages "
-                                      "(App. A: at most 8, SST-2 3)")
-    batch_size: int = setting(64, "|ℬ| (App. A: 128 for QQP, MNLI, QNLI, otherwise 64)")
-    learning_rate: float = setting(1e-3, "initial one (App. A: 5e-4 for QNLI, MNLI, otherwise "
-                                   "1e-3)")
-    max_length: int = setting(128, "tokens per example (App. A)")
-    seed: int = setting(0, "of the head, A_s, U, the order of the data, the subnets drawn")
+    """Every knob: default, the paper's symbol, its source. Options and --help are made from it."""
 
-    widths: tuple[float, ...] = setting((1.0, 0.75, 0.5), "shares of heads, neurons in 𝒜 (ours)")
-    depths: tuple[float, ...] = setting((1.0, 0.75, 0.5), "shares of the layers in 𝒜 (ours)")
-    hidden: tuple[float, ...] = setting((1.0,), "shares of the hidden size in 𝒜 (ours)")
-    subnets: str = setting("grid", "𝒜: the grid of the shares above, or the subnets whose sizes "
-                           "Table 1 (santacoder) or Table 2 (codellama) gives",
-                           ("grid", "santacoder", "codellama"))
-    reorder: bool = setting(True, "put important heads, neurons first after stage 0 (ours)")
+    # --- the paper's hyper-parameters (a task's own values: TASK_SETTINGS)
+    rank: int = 8                                # r, rank of A_s and B_s (App. A)
+    alpha: float = 0.9                           # α, distillation factor in [0, 1] (App. A)
+    beta: float = 0.1                            # β_l, weight of ℓ_FD, the same for all l (App. A)
+    gamma: float = 2.0                           # γ of the gradient scaling (App. A: 1 for SST-2,
+                                                 # otherwise 2; Prop. 2: γ ≥ 1; 0: no scaling)
+    temperature: float = 1.0                     # t ≥ 1 of the KD loss (Sec. 5, no value given)
+    d_low: int = 64                              # d_low, rows of U (Sec. 5, no value given)
+    num_subnets: int = 4                         # K, subnets an iteration (Eq. 4, no value given)
+    epochs: tuple[int, ...] = (8, 8, 8)          # E_0,E_1,E_2 (App. A: at most 8; SST-2: 3)
+    batch_size: int = 64                         # |ℬ| (App. A: 128 for QQP, MNLI, QNLI)
+    learning_rate: float = 1e-3                  # initial one (App. A: 5e-4 for QNLI, MNLI)
+    max_length: int = 128                        # tokens per example (App. A)
+    seed: int = 0                                # of head, A_s, U, order of data, subnets drawn
 
-    teacher: str = setting("maxnet", "of the subnets: the maxnet of the moment (Sec. 5), or the "
-                           "network of stage 0, fixed from then on (Sec. 4), its head too",
-                           ("maxnet", "fixed"))
-    kl: str = setting("reverse", "KL[student, teacher] as printed (reverse), or Hinton's "
-                      "KL[teacher, student] (forward)", ("reverse", "forward"))
-    fd_sum: bool = setting(False, "sum the feature distance over d_low as printed, not average it")
-    learn_u: bool = setting(False, "learn U, rows kept orthonormal, rather than draw it once")
-    adapters: str = setting("low-rank", "train A_s, B_s; or all of W, the full-rank (non-LoRA) "
-                            "MLFS of App. B and the supernets before it", ("low-rank", "full"))
-    init: str = setting("pretrained", "start of W; random is the baseline of Figs. 5 and 6",
-                        ("pretrained", "random"))
-    warmup: float = setting(0.06, "share of a stage's steps in which the rate rises (ours)")
-    clip: float = setting(1.0, "largest norm of Eq. 6's gradient; 0 does not clip (ours)")
+    # --- the configuration space 𝒜
+    widths: tuple[float, ...] = (1.0, 0.75, 0.5)  # shares of heads and neurons (ours)
+    depths: tuple[float, ...] = (1.0, 0.75, 0.5)  # shares of the layers (ours)
+    hidden: tuple[float, ...] = (1.0,)           # shares of the hidden size (ours)
+    subnets: Literal["grid", "santacoder", "codellama"] = "grid"  # the shares above, or
+                                                                  # the sizes of Table 1 or Table 2
+    reorder: bool = True                         # after stage 0, important ones first (ours)
 
-    train_examples: int = setting(0, "train on so many examples, drawn with the seed (Tables 1-2: "
-                                  "10K to 1.2M); 0: all")
-    dev_examples: int = setting(0, "evaluate on so many examples, drawn once for all seeds; 0: all")
-    validate_every: int = setting(0, "log the dev score of every subnet after so many steps (the "
-                                  "curves of Figs. 5 and 7); 0: never")
-    dtype: str = setting("auto", "of the frozen weights; auto: bfloat16 where native (ours)",
-                         ("auto", "float32", "bfloat16"))
-    checkpointing: bool = setting(False, "keep no activations inside layers, compute them again in "
-                                  "the backward pass: less memory, a third more time")
+    # --- other readings of the paper, and its baselines
+    teacher: Literal["maxnet", "fixed"] = "maxnet"  # the maxnet of the moment (Sec. 5), or that
+                                                    # of stage 0, its head too, fixed (Sec. 4)
+    kl: Literal["reverse", "forward"] = "reverse"  # KL[student, teacher] as printed, or Hinton's
+                                                   # KL[teacher, student]
+    fd_sum: bool = False                         # sum ℓ_FD over d_low as printed, not average it
+    learn_u: bool = False                        # learn U, its rows kept orthonormal (Sec. 5)
+    adapters: Literal["low-rank", "full"] = "low-rank"  # A_s, B_s; or all of W, the
+                                                        # full-rank (non-LoRA) MLFS of App. B
+    init: Literal["pretrained", "random"] = "pretrained"  # start of W (random: Figs. 5, 6)
+    warmup: float = 0.06                         # share of a stage in which the rate rises (ours)
+    clip: float = 1.0                            # largest norm of Eq. 6's gradient; 0: any (ours)
+
+    # --- examples, number format, memory
+    train_examples: int = 0                      # train on so many, drawn with the seed (Tables 1
+                                                 # and 2: 10K to 1.2M); 0: all
+    dev_examples: int = 0                        # measure on so many, drawn once; 0: all
+    validate_every: int = 0                      # log dev scores after so many steps (the curves
+                                                 # of Figs. 5 and 7); 0: never
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of W; auto: bfloat16 where
+                                                            # the hardware has it (ours)
+    checkpointing: bool = False                  # keep no activations inside layers: less memory,
+                                                 # a third more time
 
     def __post_init__(self):
         def check(name, holds, rule):
@@ -122,12 +120,16 @@ class HyperParameters:
         check("epochs", len(self.epochs) == 3 and min(self.epochs) >= 0,
               "be three whole numbers from 0 on")
         for field in dataclasses.fields(self):
-            if choices := field.metadata["choices"]:
+            if choices := choices_of(field):
                 rule = f"be {' or '.join(choices)}"
                 check(field.name, getattr(self, field.name) in choices, rule)
         if self.adapters == "full":
             check("dtype", self.dtype != "bfloat16", "be auto or float32 with --adapters full")
             check("teacher", self.teacher == "maxnet", "be maxnet with --adapters full")
+
+
+def choices_of(field):
+    return get_args(field.type) if get_origin(field.type) is Literal else None
 
 
 LARGE = {"batch_size": 128}
@@ -951,14 +953,6 @@ def closing(run):
 
 
 MODEL_OPTIONS = ("max_length", "widths", "depths", "hidden")
-GROUPS = {                                           # by the setting that begins each
-    "rank": "the paper's hyper-parameters (a task's own values: TASK_SETTINGS)",
-    "widths": "the configuration space 𝒜",
-    "teacher": "other readings of the paper, and its baselines",
-    "train_examples": "examples, number format, memory",
-}
-
-
 def parse_arguments(argv):
     """The run's options, and those hyper-parameters that were given."""
     parser = evaluate.Parser(__doc__, "python mlfs.py [options]")
@@ -971,16 +965,31 @@ def parse_arguments(argv):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=device, help=f"cpu, cuda, ...; default {device}")
     fields = dataclasses.fields(HyperParameters)
-    for field in fields:
-        if field.name in GROUPS:
-            group = parser.add_argument_group(GROUPS[field.name])
-        add_setting(group, field)
+    groups = {}
+    for field, (title, help) in zip(fields, settings_help()):
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        add_setting(groups[title], field, help)
     args = vars(parser.parse_args(argv))
     given = {field.name: args.pop(field.name) for field in fields if field.name in args}
     return argparse.Namespace(**args, command=["mlfs.py", *argv]), given
 
 
-def add_setting(group, field):
+def settings_help():
+    """(group, help) of every setting: the comments above, at and below its line."""
+    found = []
+    for line in inspect.getsource(HyperParameters).partition("def ")[0].splitlines():
+        code, _, comment = line.partition("# ")
+        if comment.startswith("--- "):
+            title = comment.removeprefix("--- ")
+        elif re.search(r"\w+: .* = ", code):
+            found.append((title, comment))
+        elif comment:
+            found[-1] = (title, f"{found[-1][1]} {comment}")
+    return found
+
+
+def add_setting(group, field, help):
     """A hyper-parameter as an option: --num-subnets 4, --widths 1,2/3, --reorder, --no-reorder."""
     default = field.default
     if isinstance(default, bool):
@@ -990,10 +999,10 @@ def add_setting(group, field):
         options = {"type": lambda text: numbers(text, kind), "metavar": "A,B,C"}
         default = ",".join(f"{value:g}" for value in default)
     else:
-        choices = field.metadata["choices"] or None
+        choices = choices_of(field)
         options = {"type": type(default), "choices": choices, "metavar": None if choices else "N"}
     group.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS,
-                       help=f"{field.metadata['help']}; default {default}", **options)
+                       help=f"{help}; default {default}", **options)
 
 
 def numbers(text, kind):

@@ -17,8 +17,8 @@ import evaluate
 from evaluate import check_correctness
 
 # Of evaluate.py's imports those that its judge needs.
-IMPORTS = """import ctypes, glob, inspect, json, os, pickle, signal, struct, subprocess, sys, tempfile
-import time
+IMPORTS = """import ctypes, glob, inspect, json, os, pickle, resource, signal, struct, subprocess
+import sys, tempfile, time
 from contextlib import suppress
 """
 SYSTEM_PYTHON = pathlib.Path("/usr/bin/python3")  # readable by every user
