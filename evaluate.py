@@ -8,7 +8,8 @@
 
 What is measured:
   RUN                   a run folder; with --plot also its log.jsonl
-  --subnets NAMES       such as w1-d4,w0.5-d2, or --subnet NAME; default: the whole palette
+  --subnets, --subnet NAMES
+                        such as w1-d4,w0.5-d2; default: the whole palette
   --device DEVICE       cpu, cuda, ...; default cpu
   --dtype DTYPE         of the weights: float32 (the default), bfloat16 or float16
   --model DIR           the base checkpoint; default: as in the run
@@ -24,18 +25,18 @@ Or one of these:
   --plot FILE           score against parameters and latency, or the curves of a log.jsonl, as .png,
                         .svg or .pdf; needs matplotlib
   --export SUBNET DIR   a checkpoint: config.json, model.safetensors, the tokenizer, a model card
-    --pad-heads         with heads of zeros, where the transformers library cannot load it otherwise
-    --onnx              model.onnx as well, in float32; needs onnx, onnxscript and onnxruntime
+  --pad-heads           with it: heads of zeros, where the transformers library needs them to load
+  --onnx                with it: model.onnx, in float32; needs onnx, onnxscript and onnxruntime
   --predict [TEXT]      by --subnet NAME: label and probabilities, of a pair with a tab between; a
                         decoder continues it. Without TEXT, or with -: each line of standard input
   --humaneval FILE      pass@k (Chen et al., 2021) on HumanEval.jsonl.gz, of openai/human-eval
-    --allow-code-execution    run the generated programs, as the verdict needs; they may do harm
-    --samples N         per problem; default 1
-    --batch-size N      texts at a time; default 16
-  With --predict of a decoder, and --humaneval:
-    --max-new-tokens N  of a text; default 256
-    --temperature T     divides the logits; default 0: always the likeliest token
-    --top-p P           draw among the likeliest tokens that hold this probability; default 1
+  --allow-code-execution
+                        with it: run the generated programs, as the verdict needs; they may do harm
+  --samples N           with it: so many per problem; default 1
+  --batch-size N        with it: so many texts at a time; default 16
+  --max-new-tokens N    of a decoder's text; default 256
+  --temperature T       divides its logits; default 0: always the likeliest token
+  --top-p P             draw among the likeliest tokens that hold this probability; default 1
 
 A run folder holds what mlfs.py leaves, and what is measured here:
   run.json              all settings, the base checkpoint and its sha256, the subnets' shapes
@@ -438,25 +439,25 @@ def plot_palette(path, rows, metric, heading, teacher):
 def read_log(path):
     """Curves of a log.jsonl, and the iterations at which the three stages start.
 
-    A curve is [(iteration, value)], by kind ("loss", "validation") and subnet. ValueError if there
-    is none, or what no run wrote.
+    A curve is [(iteration, value)], kept by kind ("loss", "validation"), subnet and stage.
+    ValueError if there is none, or what no run wrote.
     """
     entries = read_lines(path, PLACE)
     starts = [0]
-    for stage in range(3):
+    for stage in range(2):
         steps = [entry["step"] for entry in entries if entry["stage"] == stage]
         starts.append(starts[-1] + max(steps, default=0))
-    curves = {"loss": {}, "validation": {}}
+    curves = {}
     with naming(f"{path} is not one of ours, or was edited"):
-        for entry, kind in itertools.product(entries, curves):
-            if entry["stage"] not in range(3):
-                raise ValueError(f"there is no stage {entry['stage']}")
+        for entry, kind in itertools.product(entries, ("loss", "validation")):
+            stage = entry["stage"]
+            if stage not in range(3):
+                raise ValueError(f"there is no stage {stage}")
             values = entry.get(kind, {})
             check_form(values, {str: float}, kind)
             for name, value in values.items():
-                iteration = starts[entry["stage"]] + entry["step"]
-                curves[kind].setdefault(name, []).append((iteration, value))
-    curves = {kind: subnets for kind, subnets in curves.items() if subnets}
+                stages = curves.setdefault(kind, {}).setdefault(name, ([], [], []))
+                stages[stage].append((starts[stage] + entry["step"], value))
     if not curves:
         raise ValueError(f"{path} has no losses yet")
     return curves, starts
@@ -467,12 +468,17 @@ def plot_curves(path, curves, starts):
     all stages (Figs. 2, 5 and 7); see `read_log`."""
     with picture(path, len(curves)) as (_, axes):
         for axis, (kind, subnets) in zip(axes, curves.items()):
-            for name, points in sorted(subnets.items()):
-                window = min(10 if kind == "loss" else 1, math.ceil(len(points) / 3))
-                weights = np.full(window, 1 / window)
-                x, y = (np.convolve(v, weights, "valid") for v in np.transpose(points))
-                axis.plot(x, y, marker="." if len(x) == 1 else "", label=name)
-            for start in starts[1:3]:
+            for i, (name, stages) in enumerate(sorted(subnets.items())):
+                color = f"C{i % 10}"
+                axis.plot([], [], color=color, label=name)
+                for points in filter(None, stages):
+                    window = min(10 if kind == "loss" else 1, math.ceil(len(points) / 3))
+                    weights = np.full(window, 1 / window)
+                    steps, values = np.transpose(points)
+                    axis.plot(np.convolve(steps, weights, "valid"),
+                              np.convolve(values, weights, "valid"),
+                              marker="." if len(points) == 1 else "", color=color)
+            for start in starts[1:]:
                 axis.axvline(start, color="gray", linewidth=0.5)
             axis.set_xlabel("iterations of the three stages")
             axis.set_ylabel("training loss" if kind == "loss" else "validation score")
@@ -512,22 +518,27 @@ def export(small, folder, base, labels, card, onnx=False):
 
 
 def common_form(small, pad):
-    """The model, with heads of zeros added if `pad`, and what other libraries can make of it."""
+    """The model with heads of zeros added if `pad`, and what other libraries can make of it."""
     config = small.config
     own = config["num_attention_heads"]
-    heads = common_heads(small)
     shape = f"{own} heads of {config['head_dim']} at hidden size {config['hidden_size']}"
+    heads = common_heads(small)
     if pad and heads == own:
         raise ValueError(f"--pad-heads: nothing to pad, other libraries can express {shape}")
     if pad and heads is None:
-        raise ValueError(f"--pad-heads: no number of heads makes others express {shape}")
-    if pad:
-        return pad_heads(small, heads), f"The transformers library can load its {heads} heads."
+        raise ValueError(f"--pad-heads: no number of heads helps; others cannot express {shape}")
     if heads == own:
         return small, "The transformers library can load it."
-    remedy = f"; --pad-heads would make it {heads} heads" if heads else ""
-    return small, (f"load_pretrained of model.py reads it; the transformers library cannot express "
-                   f"{shape}{remedy}.")
+    why = f"The transformers library's {type(small).__name__} cannot express {shape}"
+    if heads is None:
+        return small, f"{why}, padded or not; load_pretrained of model.py reads it."
+    padded = pad_heads(small, heads)
+    before = millions(describe(small, small.maxnet)["parameters"])
+    after = millions(describe(padded, padded.maxnet)["parameters"])
+    cost = f"{heads} heads, some of zeros: {after} instead of {before} parameters"
+    if pad:
+        return padded, f"The transformers library can load it, padded to {cost}."
+    return small, f"{why}; load_pretrained of model.py reads it; --pad-heads makes it {cost}."
 
 
 class Logits(torch.nn.Module):

@@ -68,8 +68,8 @@ class ElasticLinear(nn.Module):
         # Lines 13 and 15 train A_s and B_s of this stage alone.
         for earlier in (*self.A, *self.B):
             earlier.requires_grad_(False)
-        # B is zero, so a stage starts exactly where the last one ended. A must not be: the gradient
-        # of A is xᵀ (g Bᵀ), that of B is (x A)ᵀ g, so two zeros would stay zeros.
+        # B is zero, so a stage starts exactly where the last one ended. A must not be: with
+        # g = ∂ℓ/∂y A's gradient is xᵀ (g Bᵀ), B's is (x A)ᵀ g: two zeros would stay zeros.
         # The paper leaves the start open. A ~ U(±1/√in) is LoRA's; no α/r factor: Eq. 7 has none.
         out_features, in_features = self.weight.shape
         A = (torch.rand(in_features, rank, generator=generator) * 2 - 1) / in_features ** 0.5
@@ -164,10 +164,10 @@ def split_heads(x, D):                                               # (B, T, n�
     return x.unflatten(-1, (-1, D)).transpose(1, 2)
 
 
-def mask_bias(hidden, dtype):
-    """An attention bias: the lowest number where `hidden`, 0 elsewhere."""
-    zeros = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
-    return zeros.masked_fill(hidden, torch.finfo(dtype).min)
+def mask_bias(unseen, dtype):
+    """What attention adds to its scores: the lowest number where `unseen`, 0 elsewhere."""
+    zeros = torch.zeros(unseen.shape, dtype=dtype, device=unseen.device)
+    return zeros.masked_fill(unseen, torch.finfo(dtype).min)
 
 
 tanh_gelu = partial(F.gelu, approximate="tanh")
@@ -181,7 +181,8 @@ class SuperTransformer(nn.Module):
     """W_Sup of the maxnet, from which every Φ takes its part.
 
     A family is a subclass: its layers, its forward pass (`encode`, `logits`, `readout`), and the
-    rules of its checkpoints. `config` is config.json in our words, with `head_dim` filled in.
+    rules of its checkpoints (the names below, `complete`, `read`, `write`, `adopt`). `config` is
+    config.json in our words, with `head_dim` filled in.
     """
     adapted = ("query", "key", "value", "intermediate")      # App. A: QKV, FFN's intermediate
     trained_whole: tuple[str, ...] = ()              # without adapters; shared by all subnets
@@ -192,8 +193,8 @@ class SuperTransformer(nn.Module):
     tensor_names: dict[str, str] = {}                # ours -> the checkpoint's, part by part
     config_names: dict[str, str] = {}                # the same for config.json
     defaults: dict = {}                              # of fields that config.json may leave out
-    required: dict = {}                              # fields with the one value that we implement
-    sizes = ("intermediate_size", "head_dim")        # what `complete` fills in or the family needs
+    required: dict = {}                              # fields of which we implement one value
+    sizes = ("intermediate_size", "head_dim")        # fields to be whole numbers, after `complete`
 
     def __init__(self, config):
         super().__init__()
@@ -252,8 +253,8 @@ class SuperTransformer(nn.Module):
         self.num_stages += 1
 
     def fix_teacher(self):
-        """f(·; W_Tch), the network as stage 0 left it (Sec. 4), with A_0 and B_0 alone."""
-        # A copy of the modules, not of the tensors: the memo says that each is its own copy.
+        """f(·; W_Tch), the network as stage 0 left it (Sec. 4). Freezes this model's head."""
+        # A second set of modules that hold the same tensors: for deepcopy they are copied already.
         teacher = copy.deepcopy(self, {id(p): p for p in self.parameters()})
         for linear in teacher.adapted_linears():
             linear.A = linear.A[:1]
@@ -269,10 +270,9 @@ class SuperTransformer(nn.Module):
         Prop. 2 says "only the LoRA matrices": the head is not counted. No adapters: all of Φ_j.
         """
         small = self.skeleton(phi)
-        stages = self.adapted_linears()[0].A
-        if not stages:
+        if not self.adapted_linears()[0].A:
             return sum(p.numel() for p in small.parameters())
-        rank = stages[-1].size(1)
+        rank = self.adapted_linears()[0].A[-1].size(1)
         # A has in·r entries, B has r·out.
         return sum(rank * sum(linear.weight.shape) for linear in small.adapted_linears())
 
@@ -341,7 +341,7 @@ class SuperTransformer(nn.Module):
             neurons = order[f"{l}.neurons"]
             heads = order[f"{l}.heads"]
             of_heads = blocks(heads, D)
-            # One head after the other of a group has the same key: each group's first one counts.
+            # Heads of a group share a key, and moved together: each group's first one tells where.
             of_keys = blocks(heads[::group] // group, D)
             if len(layer.key.weight) == D:           # the only key of a multi-query model stays
                 of_keys = None
@@ -395,7 +395,7 @@ class BertLayer(nn.Module):
         H = phi.hidden_size
         N = phi.num_attention_heads
         D = self.head_dim
-        # Keys and values need all tokens; what no one reads after this layer has no query.
+        # Only the first `tokens` states are read afterwards, so only they get a query.
         q = split_heads(self.query(x[:, :tokens], N * D), D)                     # (B, N, T, D)
         k = split_heads(self.key(x, N * D), D)                                   # (B, N, S, D)
         v = split_heads(self.value(x, N * D), D)                                 # (B, N, S, D)
@@ -443,7 +443,8 @@ class Bert(SuperTransformer):
         self.token_type_embeddings = ElasticEmbedding(c["type_vocab_size"], H)
         self.embedding_norm = ElasticLayerNorm(H, c["layer_norm_eps"])
         self.layers = nn.ModuleList(BertLayer(c) for _ in range(c["num_hidden_layers"]))
-        # Trained whole from stage 0 on: a new classifier of C·H numbers needs no low rank.
+        # The head is trained whole from stage 0 on, one for all subnets (ours: Algorithm 1 names
+        # A_s, B_s alone). A new task's classifier starts from nothing; the pooler goes with it.
         self.pooler = ElasticLinear(H, H, trainable=True)
         self.classifier = ElasticLinear(H, c["num_labels"], trainable=True)
 
@@ -464,8 +465,8 @@ class Bert(SuperTransformer):
             bias = mask_bias(mask == 0, x.dtype)[:, None, None]      # (B, 1, 1, T)
         h = {}
         for l in phi.layers:                                         # g_j(1), g_j(2), ...
-            # Of the last layer the head reads one token. Unless a loss compares the others, a BERT
-            # of 6 layers is spared a seventh of its work.
+            # Of the last layer the head reads one token. Unless a loss compares the others, that is
+            # a seventh of the work of 6 layers.
             only_first = l == phi.layers[-1] and l not in features
             x = self.layer(l, x, bias, phi, 1 if only_first else None)
             if l in features:
@@ -498,16 +499,12 @@ class Bert(SuperTransformer):
     @classmethod
     def adopt(cls, stored, config, num_labels):
         """The checkpoint's classifier where it has the classes wanted; otherwise a new one."""
-        weight_name = checkpoint_name(cls, "classifier.weight")
-        weight = stored.get(weight_name)
+        name = checkpoint_name(cls, "classifier")
+        weight = stored.get(f"{name}.weight")
         classes = weight.size(0) if weight is not None and weight.dim() else 0
         config["num_labels"] = num_labels or classes or 2
         if classes != config["num_labels"]:
-            # From torch's global seed, as all that is drawn.
-            generator = torch.Generator().manual_seed(torch.randint(2 ** 31, ()).item())
-            shape = (config["num_labels"], config["hidden_size"])
-            stored[weight_name] = torch.randn(shape, generator=generator) * 0.02
-            stored[checkpoint_name(cls, "classifier.bias")] = torch.zeros(config["num_labels"])
+            stored |= new_linear(name, config["num_labels"], config["hidden_size"])
 
 
 # ------------------------------------------------------------------------------------ decoders
@@ -580,7 +577,7 @@ class DecoderLayer(nn.Module):
         H = phi.hidden_size
         D = self.config["head_dim"]
         N = phi.num_attention_heads
-        G = key_heads(self.config, N)
+        G = key_heads(self.config, N)                # multi-query: 1, for however many heads
         a = self.attention_norm(x)                                               # (B, T, H)
         q = split_heads(self.query(a, N * D), D)                                 # (B, N, T, D)
         k = split_heads(self.key(a, G * D), D)                                   # (B, G, T, D)
@@ -635,15 +632,15 @@ class Decoder(SuperTransformer):
         if S > self.max_tokens:
             raise ValueError(f"{S} tokens exceed the model's {self.max_tokens} positions")
         positions = torch.arange(start, S, device=ids.device)[None]                  # (1, T)
-        hidden = positions.mT < torch.arange(S, device=ids.device)                   # (T, S)
+        unseen = positions.mT < torch.arange(S, device=ids.device)                   # (T, S)
         if mask is not None:
             # Positions count real tokens only: padding on the left moves none of them.
             positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, start:]                # (B, T)
-            hidden = hidden | (mask == 0)[:, None, None]                             # (B, 1, T, S)
+            unseen = unseen | (mask == 0)[:, None, None]                             # (B, 1, T, S)
         x, rotation = self.embed(ids, positions, phi.hidden_size)
         # One token alone may see all that came before it.
         all_seen = T == 1 and mask is None
-        bias = None if all_seen else mask_bias(hidden, x.dtype).view(-1, 1, T, S)
+        bias = None if all_seen else mask_bias(unseen, x.dtype).view(-1, 1, T, S)
         h = {}
         for l in phi.layers:                                         # g_j(1), g_j(2), ...
             x = self.layer(l, x, bias, phi, rotation, cache)
@@ -715,6 +712,7 @@ class GPT(Decoder):
         "query": "attn.query", "key": "attn.key", "value": "attn.value",
         "attention_output": "attn.c_proj", "intermediate": "mlp.c_fc", "output": "mlp.c_proj",
     }
+    # gpt_bigcode fuses all three into c_attn; SantaCoder's own code (gpt2) has q_attn and kv_attn.
     fused = {"c_attn": ("query", "key", "value"), "q_attn": ("query",), "kv_attn": ("key", "value")}
 
     def __init__(self, c):
@@ -743,7 +741,8 @@ class GPT(Decoder):
                 tensor = tensor.T                                    # Conv1D keeps (in, out)
         for module, parts in cls.fused.items():
             if f".attn.{module}." in name:
-                # One matrix, the rows of query first: taken apart here, it needs no care elsewhere.
+                # First the rows of query, N heads of D; then D of the one key, D of its value.
+                # Taken apart here, they are sliced like any other matrix.
                 D = config["head_dim"]
                 N = config["num_attention_heads"]
                 rows = [N * D if part == "query" else D for part in parts]
@@ -1019,6 +1018,13 @@ def checkpoint_name(family, name):
     return ".".join(family.tensor_names.get(part, part) for part in name.split("."))
 
 
+def new_linear(name, rows, columns):
+    """{weight, bias} of what a checkpoint lacks, drawn from torch's global seed."""
+    generator = torch.Generator().manual_seed(torch.randint(2 ** 31, ()).item())
+    return {f"{name}.weight": torch.randn(rows, columns, generator=generator) * 0.02,
+            f"{name}.bias": torch.zeros(rows)}
+
+
 def load_trained_state(model, state):
     """The inverse of `trained_state`, on a freshly loaded base model.
 
@@ -1176,9 +1182,9 @@ def low_rank_linear(x, W, b, A, B):
         A_all = torch.cat(A, dim=1).to(x.dtype)
         B_all = torch.cat(B, dim=0).to(x.dtype)
         return LowRankLinear.apply(x, W, b, A_all, B_all)
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled():                      # so that its result may be written over, too
         return LowRankLinear.apply(x, W, b, None, None)
-    return F.linear(x, W, b)                         # a plain product of one token needs no more
+    return F.linear(x, W, b)
 
 
 class LowRankLinear(torch.autograd.Function):
@@ -1197,6 +1203,7 @@ class LowRankLinear(torch.autograd.Function):
             y.addmm_(xA, B)
         read = A is not None or W.requires_grad
         ctx.save_for_backward(rows if read else None, W, A, B, xA)
+        # A plain view may not be written over, as BertLayer does with its sums.
         return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.size(1)])
 
     @staticmethod

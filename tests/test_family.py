@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import data
 import evaluate
 import mlfs
 import model
 from conftest import RUN_OPTIONS, load_small_toy
-from model import Bert, load_pretrained
+from model import Bert, load_pretrained, new_linear
 
 REFERENCE = Path(__file__).parent / "reference" / "roberta-classifier"
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -30,6 +30,13 @@ class Roberta(Bert):
         "pooler": "classifier.dense",
         "classifier": "classifier.out_proj",
     }
+
+    @classmethod
+    def adopt(cls, stored, config, num_labels):
+        """A pretrained RoBERTa has no classifier: its first layer starts anew, too."""
+        if "classifier.dense.weight" not in stored:
+            stored |= new_linear("classifier.dense", config["hidden_size"], config["hidden_size"])
+        super().adopt(stored, config, num_labels)
 
     def embed(self, ids, segments, H):
         return super().embed(ids, None, H)  # one token type, also for the second of a pair
@@ -50,6 +57,17 @@ def test_it_loads_a_checkpoint_and_gives_the_logits_of_the_transformers_library(
     for l, h in features.items():
         assert torch.allclose(h[real], want[f"hidden.{l}"][real], atol=1e-4)
     assert roberta.max_tokens == 12  # 14 rows, less two
+
+
+def test_a_pretrained_checkpoint_has_no_classifier_and_gets_one(tmp_path):
+    """As roberta-base: a language model's head instead, which is left out."""
+    stored = load_file(REFERENCE / "model.safetensors")
+    stored = {name: t for name, t in stored.items() if not name.startswith("classifier.")}
+    save_file(stored | {"lm_head.bias": torch.zeros(50)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_bytes((REFERENCE / "config.json").read_bytes())
+    roberta = load_pretrained(tmp_path, 5)
+    assert roberta.pooler.weight.shape == (16, 16) and 0 < roberta.pooler.weight.std() < 0.1
+    assert roberta(torch.randint(2, 50, (2, 9)))[0].shape == (2, 5)
 
 
 def test_it_trains_three_stages_is_sliced_and_exported(tmp_path, monkeypatch):

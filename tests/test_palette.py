@@ -5,6 +5,7 @@ gives the same function; every refusal is one sentence, and leaves nothing behin
 import io
 import json
 import math
+import re
 import shutil
 import sys
 import types
@@ -662,8 +663,22 @@ def test_the_help_has_lines_of_at_most_100_characters_in_any_terminal(columns, m
     assert 95 < max(map(len, text.splitlines())) <= 100
     for name in evaluate.RUN_FILES:
         assert name.replace("palette.md", "palette.json, .md") in text
-    assert "2 bad input, 3 no subnet fits the budget, 130 stopped" in text
+    assert "2 bad input; 3 no subnet fits the budget; 130 stopped" in text
     assert text.index("--subnets") < text.index("--max-params") < text.index("--onnx")
+
+
+def test_the_manual_and_the_parser_know_the_same_options(monkeypatch):
+    """evaluate.py's --help is written by hand: no option is missing in it, and none is made up."""
+    known, add = set(), evaluate.ArgumentParser._add_action
+
+    def spy(parser, action):
+        known.update(action.option_strings)
+        return add(parser, action)
+
+    monkeypatch.setattr(evaluate.ArgumentParser, "_add_action", spy)
+    evaluate.parse_arguments(["runs/x"])
+    told = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", evaluate.__doc__))
+    assert known - {"-h", "--help"} == told
 
 
 @pytest.mark.parametrize(
