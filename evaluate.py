@@ -43,7 +43,7 @@ A run folder holds what mlfs.py leaves, and what is measured here:
   log.jsonl             losses and validation scores, by stage and step
   palette.json, .md     a row per subnet: sizes, scores and, once measured here, latencies
   adapters.safetensors  A_s, B_s, the head, the permutation: all to keep beside the base model
-  state.safetensors     what mlfs.py --resume goes on from
+  state.safetensors     what a stopped training goes on from
   humaneval-*.jsonl     a subnet's judged completions; the same command goes on with them
 
 Exit codes: 0 done; 2 bad input; 3 no subnet fits the budget; 130 stopped.
