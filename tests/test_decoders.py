@@ -146,7 +146,7 @@ def test_one_key_is_never_sliced_and_shared_keys_go_in_whole_groups():
     assert torch.equal(small.key.weight, llama.layers[0].key.weight[:4])
     with pytest.raises(ValueError, match="3 heads; this model's come in groups of 2"):
         llama.extract(dataclasses.replace(phi, num_attention_heads=3))
-    with pytest.raises(ValueError, match="this model has 2 groups of 2 heads"):
+    with pytest.raises(ValueError, match="0.75 x 2 groups of 2 heads = 1.5 is not a whole"):
         mlfs.configuration_space(llama.maxnet, (1, 0.75), head_group=llama.head_group)
 
 
@@ -557,7 +557,8 @@ def test_a_decoders_palette_learns_and_is_read_back(run, options, capsys):
     assert curves[-1]["w1-d4"] < curves[0]["w1-d4"]
     before = capsys.readouterr().out
     assert "nats per token, lower is better" in before
-    assert ("all of W, 100.0%" in before) == bool(options)
+    full = 3 if options else 0  # stages that train all of W
+    assert before.count("weights, 100.0% of the model") == full
     assert evaluate.main([str(folder)]) == 0
     again = capsys.readouterr().out
     for row in rows:
@@ -825,18 +826,3 @@ def test_no_generated_code_runs_without_leave(run, tmp_path, monkeypatch, capsys
     assert evaluate.main([*allowed, "--subnets", "w0.5-d2", "--max-new-tokens", "4"]) == 0
     assert "w0.5-d2: pass@1 100.0, stderr 0.0; 3 problems" in capsys.readouterr().out
     assert len((folder / "humaneval-w0.5-d2.jsonl").read_text().splitlines()) == 3
-
-
-def test_packed_weights_give_the_same_text_and_no_slice_of_them_is_taken(tokenizer):
-    """`pack` is a layout, not another model; a smaller Φ goes by the weights themselves."""
-    for family in (tiny_gpt, tiny_llama):
-        model = family(vocab_size=257).bfloat16()
-        ids, phi = tokens(), random_phi(5, model.head_group)
-        before = [model(ids, phi=p)[0] for p in (None, phi)]
-        model.pack()
-        for p, want in zip((None, phi), before, strict=True):
-            assert torch.allclose(model(ids, phi=p)[0], want, rtol=0.05, atol=0.1)
-        model.add_stage(2)
-        with pytest.raises(AssertionError, match="merge the adapters first"):
-            model.pack()
-    assert tiny_gpt().pack().packed is None  # float32: nothing to gain

@@ -308,7 +308,7 @@ def test_a_spoiled_run_folder_is_refused_by_name(run, tmp_path, spoil, words):
 
 
 def test_a_pair_task_with_two_dev_sets_and_a_regression_run_from_end_to_end(tmp_path):
-    """MNLI scores matched and mismatched; STS-B trains on the squared error, scores correlations."""
+    """MNLI scores both dev sets; STS-B trains on the squared error, scores correlations."""
     reviews = [text for (text,) in LOAD_TOY(train=40, dev=2)["train"].texts]
     header = "index\tsentence1\tsentence2\t"
     for folder, label, values, dev in (

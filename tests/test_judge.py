@@ -1,4 +1,7 @@
-"""check_correctness, which runs generated programs: what deserves to pass passes, and nothing else, whatever a program does."""
+"""check_correctness, which runs generated programs: what deserves to pass passes.
+
+Nothing else does, whatever a program does.
+"""
 
 import ctypes
 import json
@@ -24,10 +27,12 @@ from contextlib import suppress
 SYSTEM_PYTHON = pathlib.Path("/usr/bin/python3")  # readable by every user
 PROBLEM = {
     "task_id": "Test/0",
-    "prompt": 'import os, sys\n\n\ndef double(x):\n    """Return twice x, \u00e9\u4e2d\U0001f600."""\n',
+    "prompt": "import os, sys\n\n\ndef double(x):\n"
+    '    """Return twice x, \u00e9\u4e2d\U0001f600."""\n',
     "entry_point": "double",
     "canonical_solution": "    return 2 * x\n",
-    "test": "def check(candidate):\n    assert candidate(2) == 4\n    assert candidate('a') == 'aa'\n",
+    "test": "def check(candidate):\n    assert candidate(2) == 4\n"
+    "    assert candidate('a') == 'aa'\n",
 }
 RIGHT = "    return 2 * x\n"
 WRONG = "    return None\n"
@@ -140,8 +145,10 @@ CHEATS = {
     "builtins": WRONG + "import builtins\nclass E(BaseException): pass\n"
     "builtins.AssertionError = E; builtins.exec = builtins.isinstance = lambda *a: None",
     "no debug": WRONG + "import builtins; builtins.__dict__['__debug__'] = False",
-    "equal to all": "    class Same:\n        __eq__ = lambda self, other: True\n    return Same()\n",
-    "equal string": "    class S(str):\n        __eq__ = lambda s, o: True\n        __hash__ = str.__hash__\n"
+    "equal to all": "    class Same:\n        __eq__ = lambda self, other: True\n"
+    "    return Same()\n",
+    "equal string": "    class S(str):\n        __eq__ = lambda s, o: True\n"
+    "        __hash__ = str.__hash__\n"
     "    return S()\n",
     "killed judge": WRONG + "p = os.getppid()\nfor s in 2, 9, 15: os.kill(p, s)",
     "all descriptors": WRONG + "import pickle\nfor f in range(64):\n"
@@ -150,7 +157,8 @@ CHEATS = {
     "descriptors of the judge": WRONG + OTHERS + "    for f in range(16):\n"
     "        try: os.write(os.open(f'/proc/{pid}/fd/{f}', os.O_WRONLY), b'passed')\n"
     "        except OSError: pass\n",
-    "environment": "    for p in 'cmdline', 'environ':\n        os.write(1, open(f'/proc/self/{p}', 'rb').read())\n"
+    "environment": "    for p in 'cmdline', 'environ':\n"
+    "        os.write(1, open(f'/proc/self/{p}', 'rb').read())\n"
     "    return os.write(1, sys.stdin.read().encode() or b'passed')\n",
     "pickled call": "    class P:\n        def __reduce__(self): return os.write, (1, b'passed')\n"
     "    return P()\n",

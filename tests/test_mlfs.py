@@ -372,7 +372,7 @@ def test_a_resumed_run_ends_with_the_same_adapters(tmp_path, stop, teacher):
             evaluate.save_state(tmp_path, first, state)
             break
     state = m.State(**evaluate.load_state(tmp_path, second))
-    for at in m.mlfs(second, examples(), space, hp, state):
+    for _ in m.mlfs(second, examples(), space, hp, state):
         pass
     for name, t in whole.trained_state().items():
         assert torch.equal(t, second.trained_state()[name]), name

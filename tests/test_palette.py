@@ -1,5 +1,7 @@
-"""A palette that people can use: measured, chosen from, shipped, and used. Every way to get a subnet
-gives the same function; every refusal is one sentence, and leaves nothing behind.
+"""A palette that people can use: measured, chosen from, shipped, and used.
+
+Every way to get a subnet gives the same function. Every refusal is one sentence, and leaves
+nothing behind.
 """
 
 import io
@@ -113,7 +115,7 @@ def test_latency_visits_every_subnet_in_every_round_and_warms_up(tiny, monkeypat
     """A clock that the forward pass moves: 7 ms a layer in the first pass of a visit (warm-up),
     then 2 ms, the slice in place 1 ms more; in the second round all takes twice as long.
     """
-    clock, visits, extract = [0.0], [], SuperTransformer.extract
+    clock, visits = [0.0], []
 
     def forward(self, ids, mask=None, phi=None, features=None):
         assert ids.shape == (3, 5) and features == ()
@@ -221,7 +223,8 @@ def test_an_answer_is_given_even_where_it_cannot_be_stored(copy, monkeypatch, ca
     monkeypatch.setattr(evaluate, "write_palette", fail)
     assert command(copy, "--max-latency-ms", 1e6) == 0
     out, err = capsys.readouterr()
-    assert "the best first:" in out and err.startswith("warning: the palette could not be stored: Read-only")
+    assert "the best first:" in out
+    assert err.startswith("warning: the palette could not be stored: Read-only")
 
 
 def test_a_latency_budget_is_measured_here_once(copy, capsys, monkeypatch):
@@ -480,7 +483,8 @@ def test_the_picture_shows_every_subnet_and_the_teacher(copy, tmp_path):
     svg = tmp_path / "palette.svg"
     assert command(copy, "--plot", svg) == 0
     text = svg.read_text()
-    for word in ("w1-d4", "w0.5-d2", "MLFS", "reordered, not trained yet", "teacher", "latency, ms"):
+    words = ["w1-d4", "w0.5-d2", "MLFS", "reordered, not trained yet", "teacher", "latency, ms"]
+    for word in words:
         assert f"<!-- {word} -->" in text, word
     assert command(copy, "--plot", tmp_path / "p.png", "--subnets", "w1-d2,w0.5-d2") == 0
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
@@ -595,10 +599,16 @@ def flip(folder):
         (edit("run.json", '"intermediate_size": 192', '"intermediate_size": 1920'), "no part of"),
         (edit("run.json", '"heads": 4', '"heads": "4"'), "was edited: there is no 'heads'"),
         (edit("run.json", '"seed": 0', '"seed": []'), "was edited: there is no 'seed'"),
-        (edit("run.json", '"task": "toy"', '"task": "toys"'), "was edited: there is no task 'toys'"),
+        (
+            edit("run.json", '"task": "toy"', '"task": "toys"'),
+            "was edited: there is no task 'toys'",
+        ),
         (edit("run.json", '"task": "toy"', '"task": "mnli"'), "do not fit this base model"),
         (edit("run.json", '"sha256": "', '"sha256": "0'), "is not the checkpoint that"),
-        (edit("palette.json", '"score": 0.', '"score": "9", "old": 0.'), "palette.json was damaged"),
+        (
+            edit("palette.json", '"score": 0.', '"score": "9", "old": 0.'),
+            "palette.json was damaged",
+        ),
         (edit("palette.json", '"macs": ', '"macs": 9999999999999999999'), "there is no 'macs'"),
         (edit("palette.json", '"stage 2": 0.', '"stage 2": "a", "b": 0.'), "damaged or edited"),
         (edit("palette.json", '"subnets": [', '"subnets": [3, '), "damaged or edited; delete it"),

@@ -22,7 +22,7 @@ NEW, PROMPT = 64, "def fibonacci(n: int) -> int:\n    "
 def main(folder: str) -> None:
     from transformers import AutoModelForCausalLM  # the library to compare with, not needed by us
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
-    ours = load_pretrained(folder, dtype=torch.bfloat16).pack()
+    ours = load_pretrained(folder, dtype=torch.bfloat16)
     tokenizer = data.load_tokenizer(folder)
     ids = torch.tensor([tokenizer.encode(PROMPT).ids])
     end = data.end_of_text(tokenizer)
@@ -52,4 +52,6 @@ def main(folder: str) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2 or not Path(sys.argv[1]).is_dir():
+        sys.exit(__doc__)
     main(sys.argv[1])

@@ -84,4 +84,7 @@ def main(dtype: torch.dtype) -> None:
 
 
 if __name__ == "__main__":
-    main(getattr(torch, sys.argv[1] if len(sys.argv) > 1 else "float32"))
+    name = sys.argv[1] if len(sys.argv) > 1 else "float32"
+    if name not in ("float32", "bfloat16"):
+        sys.exit(__doc__)
+    main(getattr(torch, name))

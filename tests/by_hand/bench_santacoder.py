@@ -80,6 +80,8 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) not in (2, 4) or sys.argv[1].startswith("-"):
+        sys.exit(__doc__)
     if len(sys.argv) == 2:
         main(Path(sys.argv[1]))
     elif sys.argv[1] == "write":

@@ -45,10 +45,11 @@ def random_examples(rows: int, tokens: int) -> data.Examples:
 
 def random_bert(layers: int, dtype: torch.dtype, hidden: int = 384) -> Bert:
     """MiniLM's shape (heads of 32, FFN of 4 x hidden) with so many layers, random weights."""
-    model = initialise(Bert({"model_type": "bert", "vocab_size": 30522, "hidden_size": hidden, "head_dim": 32,
-                  "num_attention_heads": hidden // 32, "intermediate_size": 4 * hidden,
-                  "num_hidden_layers": layers, "max_position_embeddings": 512, "num_labels": 2,
-                  "type_vocab_size": 2, "layer_norm_eps": 1e-12, "hidden_act": "gelu"}))
+    config = {"model_type": "bert", "vocab_size": 30522, "hidden_size": hidden, "head_dim": 32,
+              "num_attention_heads": hidden // 32, "intermediate_size": 4 * hidden,
+              "num_hidden_layers": layers, "max_position_embeddings": 512, "num_labels": 2,
+              "type_vocab_size": 2, "layer_norm_eps": 1e-12, "hidden_act": "gelu"}
+    model = initialise(Bert(config))
     for p in model.parameters():
         p.data = p.data.to(torch.float32 if p.requires_grad else dtype)
     return model
@@ -284,5 +285,7 @@ def main(minilm: str, glue: str, dtype: str = "bfloat16") -> None:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
         serve(sys.argv[2], json.loads(sys.argv[3]))
+    elif len(sys.argv) not in (3, 4):
+        sys.exit(__doc__)
     else:
         main(*sys.argv[1:])

@@ -114,4 +114,9 @@ def main(kills: int, seed: int) -> None:
 
 
 if __name__ == "__main__":
-    main(*(int(word) for word in (sys.argv[1:] + ["20", "0"][len(sys.argv) - 1 :])))
+    given = sys.argv[1:]
+    if len(given) > 2 or not all(word.isdecimal() for word in given):
+        sys.exit(__doc__)
+    kills = int(given[0]) if given else 20
+    seed = int(given[1]) if len(given) > 1 else 0
+    main(kills, seed)

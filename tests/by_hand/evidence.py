@@ -1,11 +1,11 @@
 """The runs behind .github/results, and its page's tables and pictures, made from their raw files.
 
-    python tests/by_hand/evidence.py split             # a held-out part of SST-2's TRAIN: weights/held-out
-    python tests/by_hand/evidence.py custom            # two thirds of SmolLM2's width: weights/custom
-    python tests/by_hand/evidence.py full-teacher      # stage 0 in full, exported: weights/full-teacher
-    python tests/by_hand/evidence.py run [NAME ...]    # all, or those whose name holds one of these
-    python tests/by_hand/evidence.py gradients         # how strongly each loss pulls
-    python tests/by_hand/evidence.py tables            # the page's tables, .github/*.png (matplotlib)
+    python tests/by_hand/evidence.py split           # weights/held-out: a part of SST-2's TRAIN
+    python tests/by_hand/evidence.py custom          # weights/custom: 2/3 of SmolLM2's width
+    python tests/by_hand/evidence.py full-teacher    # weights/full-teacher: stage 0 in full
+    python tests/by_hand/evidence.py run [NAME ...]  # all, or those whose name holds a NAME
+    python tests/by_hand/evidence.py gradients       # how strongly each loss pulls
+    python tests/by_hand/evidence.py tables          # the page's tables, .github/*.png (matplotlib)
 
 Needs weights/minilm-l6, weights/smollm2-135m, GLUE in weights/glue, and what the first three
 commands make. A run that stands in .github/results is not repeated, one that was interrupted goes
@@ -190,7 +190,8 @@ def alone(argv: list[str], full: bool) -> None:
     for _ in mlfs.mlfs(run.model, run.train, run.space, stage_0):
         pass
     seconds, rows, teacher = time.monotonic() - start, [], run.model.extract(run.space[0])
-    head = sum(p.numel() for n, p in teacher.named_parameters() if n.split(".")[0] in teacher.trained_whole)
+    head = sum(p.numel() for name in teacher.trained_whole
+               for p in getattr(teacher, name).parameters())
     trained = run.model.num_trainable(run.space[0]) + head
     if full:
         teacher, run.settings["dtype"] = teacher.float(), "float32"
@@ -290,18 +291,14 @@ def wider(self, rank, generator):
 model.ElasticLinear.add_stage = wider
 """,
     "everywhere": """
-Bert, few, permute = model.Bert, model.Bert.adapted, model.Bert.permute
-def permuted(self, order):                     # of the outputs only those that heads and FFN make
-    self.adapted = few
-    permute(self, order)
-    del self.adapted
-Bert.adapted, Bert.permute = (*few, "attention_output", "output"), permuted
+model.Bert.adapted = (*model.Bert.adapted, "attention_output", "output")
 """,
     "frozen-head": """
 make = mlfs.make_optimizer
 def without_head(model, U, moments):
-    for name in model.trained_whole[:len(model.trained_whole) * (model.num_stages > 1)]:
-        getattr(model, name).requires_grad_(False)
+    if model.num_stages > 1:
+        for name in model.trained_whole:
+            getattr(model, name).requires_grad_(False)
     return make(model, U, moments)
 mlfs.make_optimizer = without_head
 """,
@@ -319,7 +316,9 @@ def run(wanted: list[str]) -> int:
             continue
         print(f"\n{name}: python mlfs.py {' '.join(argv)}", flush=True)
         patch = PATCHES.get(name.split("/")[1].rpartition("-")[0])
-        program = (["tests/by_hand/evidence.py", "alone", name] if "/alone" in name else ["mlfs.py", *argv])
+        program = ["mlfs.py", *argv]
+        if "/alone" in name:
+            program = ["tests/by_hand/evidence.py", "alone", name]
         if patch is not None:
             program = ["-c", f"import sys, mlfs, model\n{patch}\nsys.exit(mlfs.main())", *argv]
         goes_on = Path("runs/evidence", name).exists() and "/alone" not in name
