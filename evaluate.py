@@ -1191,7 +1191,10 @@ def save_state(folder: Path, model: SuperTransformer, state) -> None:
 
 
 def load_state(folder, model):
-    """The inverse of `save_state`: fills the model, returns a State's fields (None: no state)."""
+    """The inverse of `save_state`: fills the model, returns a State's fields (None: no state).
+
+    Why they are enough for the same bits is said at `mlfs.py::State`.
+    """
     path = folder / "state.safetensors"
     if not path.exists():
         return None

@@ -131,11 +131,12 @@ class HyperParameters:
 # -------------------------------------------------------------------- the configuration space 𝒜
 
 def depth_order(layers):
-    """Layers (consecutive ones) in the order in which growing subnets take them.
+    """Layers (consecutive ones) in the order in which growing subnets take them: of 6, 5 0 3 2 1 4.
 
-    The last, the first, then each time the middle of the widest gap: any prefix is spread over the
-    whole depth and contains every shorter one. Of three untrained layers of MiniLM {0, 3, 5} scores
-    77.1 on SST-2, {1, 3, 5} 72.4, none without the last above 48.0 (.github/results).
+    A Φ of n layers keeps the first n, sorted; that tuple is its g_j (4 of 6: 0, 2, 3, 5). The last,
+    the first, then each time the middle of the widest gap: each Φ is spread over the whole depth
+    and has all layers of every shorter one. Cut out of a fine-tuned MiniLM, layers 0, 3, 5 score
+    77.1 on SST-2, 1, 3, 5 score 72.4, no three without the last above 48.0 (.github/results).
     """
     order = list(dict.fromkeys((layers[-1], layers[0])))
     while len(order) < len(layers):
@@ -149,8 +150,8 @@ def outside_in(layers):
     """The order for decoders: the last, the first, the last but one, the second, ...
 
     So a shallow subnet lacks a block in the middle. The layers of a pre-LN model add to one
-    residual stream, the middle ones the least. Without layer 1 SmolLM2-135M falls from 2.5 to 10.3
-    nats; without 10 middle layers to 5.6, by the encoders' order to 7.0 (.github/results).
+    residual stream, the middle ones the least. SmolLM2-135M has a loss of 2.5 nats, without layer 1
+    10.3, without 10 middle layers 5.6, without 10 by the encoders' order 7.0 (.github/results).
     """
     pairs = zip(layers[::-1], layers)
     return tuple(l for pair in pairs for l in pair)[:len(layers)]
@@ -162,10 +163,10 @@ def configuration_space(maxnet: SubnetConfig, widths: Iterable[float] = (1, 0.75
                         order: Callable = depth_order) -> list[SubnetConfig]:
     """𝒜 (Sec. 4), all combinations: the first is the maxnet Φ_1, the last the minnet Φ_min.
 
-    Width shares heads (in whole groups of head_group) and FFN neurons; depth shares layers (halves
-    round down), kept in that order, so that every Φ contains the minnet's; hidden shares the
-    embedding dimension. A share of 1 is always in. Raises ValueError for a share that this model
-    cannot take, and for two that get one name.
+    widths are shares of the heads (whole groups of head_group) and of the FFN's neurons, depths of
+    the layers (halves round down), taken in the order that `order` gives, hidden of the embedding
+    dimension. A share of 1 is always in. ValueError for a share that this model cannot take, and
+    for two that get one name.
     """
     def part(share, whole, what, exact=False):
         number = math.ceil(share * whole - 0.5) if 0 < share <= 1 else 0
@@ -280,20 +281,21 @@ class Batch(NamedTuple):
     processes add up to its gradient."""
     x: dict                                          # "ids" (B, T), "mask" or None, "segments"
     y: Tensor                                        # labels (B,), or next tokens (B, T)
-    labels: int                                      # Eq. 5's |ℬ|
-    tokens: int                                      # real ones: ℓ_FD is a mean over them (ours)
+    num_labels: int                                  # |ℬ| of Eq. 5; of code the next tokens
+    num_tokens: int                                  # real ones: ℓ_FD is a mean over them (ours)
 
     def token_mean(self, loss):
         """The mean of loss (B, T) over ℬ's real tokens: this process's share of it."""
         mask = self.x["mask"]
-        return (loss if mask is None else loss * mask).sum() / self.tokens
+        return (loss if mask is None else loss * mask).sum() / self.num_tokens
 
 
-def output_loss(model, last_j, last_1, batch, alpha, hp, logits=2 ** 22):
+def output_loss(model, last_j, last_1, batch, alpha, hp, max_logits=2 ** 22):
     """1/|ℬ| Σ_i (1-α) ℓ_task^i + α ℓ_KD^i: line 12 without ℓ_FD. z_j and z_1 are made here, of the
     last states (B, H) or (B, T, H) of Φ_j and Φ_1.
 
-    So many logits are alive at a time: see `InChunks`. What a new term trains, `readout` must list.
+    At most max_logits are alive at a time: see `InChunks`. If a term of yours trains another weight,
+    list it in `readout`: otherwise it gets no gradient.
     """
     y = batch.y
     if y.dim() > 1:                                  # each position that has a next token is a row
@@ -310,10 +312,10 @@ def output_loss(model, last_j, last_1, batch, alpha, hp, logits=2 ** 22):
             with torch.no_grad():
                 z_1 = model.logits(last_1[rows])
             value = value + alpha * kd_loss(z_j, z_1, hp.temperature, hp.kl)
-        return value.sum() / batch.labels
+        return value.sum() / batch.num_labels
 
     weights = model.readout()
-    size = max(1, logits // len(weights[-1]))
+    size = max(1, max_logits // len(weights[-1]))
     return InChunks.apply(loss, size, last_j, *(W for W in weights if W.requires_grad))
 
 
@@ -357,10 +359,10 @@ def mlfs(model: SuperTransformer, examples: data.Examples, space: list[SubnetCon
     ValueError when a loss or gradient is not finite, before it reaches any weight.
 
     The toy's first iteration of stage 2, γ = 1:   Φ_j       n_j  (n_1/n_j)^γ  loss_j
-                                                 w1-d4    33,792         1.00   0.157
-                                                 w0.5-d2  11,520         2.93   1.778
-                                                 w1-d3    25,344         1.33   1.395
-    Eq. 6's norm is 1.27, clipped to 1.          w1-d2    16,896         2.00   1.637
+    (n_1: 4 layers of 3 (96 + 96) 8 entries for    w1-d4    33,792         1.00   0.157
+    q, k, v and (96 + 384) 8 for the FFN;          w0.5-d2  11,520         2.93   1.778
+    Eq. 6's norm is 1.27, clipped to 1)            w1-d3    25,344         1.33   1.395
+                                                   w1-d2    16,896         2.00   1.637
     """
     state = state or State()
     maxnet = space[0]
@@ -376,24 +378,25 @@ def mlfs(model: SuperTransformer, examples: data.Examples, space: list[SubnetCon
             # The same seed, stage and step draw the same subnets, also in a run that was resumed.
             subnets = sample_sub_transformers(space, stage, hp.num_subnets,
                                               (hp.seed, stage, step))                          # 6
-            # Students compare features with the maxnet's at the minnet's layers g_min(l).
-            compared = state.U if len(subnets) > 1 else {}
+            # Its keys are g_min(l), the layers to compare. Without students there is nothing to.
+            U = state.U if len(subnets) > 1 else {}
             for phi in subnets:                                                                # 7
-                # Φ is an argument: nothing is loaded, this pass reads W_Sup's leading parts.
-                last, h = model.encode(**batch.x, phi=phi, features=compared)             # 5,8,10
+                # Φ is an argument: nothing is loaded, this pass reads W_Sup's leading parts. Logits
+                # are made of `last` in output_loss, for all of them at once may be too many.
+                last, h = model.encode(**batch.x, phi=phi, features=U)                    # 5,8,10
                 if phi == maxnet:
                     # Targets, h_1 and the states that output_loss makes z_1 of: detached, for no
                     # student's gradient may reach the teacher by them.
                     last_1 = last.detach()
                     h_1 = {l: states.detach() for l, states in h.items()}
-                    if teacher and compared:         # an option: Sec. 4's teacher, not Sec. 5's
-                        last_1, h_1 = outputs(teacher, batch, maxnet, compared)
+                    if teacher and U:                # an option: Sec. 4's teacher, not Sec. 5's
+                        last_1, h_1 = outputs(teacher, batch, maxnet, U)
                 # The maxnet has no one to learn from but the labels.
                 alpha = 0.0 if phi == maxnet else hp.alpha                                     # 11
                 # In two parts: (1-α) ℓ_task + α ℓ_KD of the outputs, then α ℓ_FD of the features.
                 loss = output_loss(model, last, last_1, batch, alpha, hp)                      # 12
                 if alpha:
-                    fd = fd_loss(h, h_1, compared, hp.beta, hp.fd_sum)
+                    fd = fd_loss(h, h_1, U, hp.beta, hp.fd_sum)
                     loss = loss + alpha * batch.token_mean(fd)
                 # A smaller subnet has fewer adapter entries; Prop. 2 scales its gradient up. Eq. 6
                 # has 1/|𝒜_s| as well, which Eq. 10 omits. (1/|ℬ| is in the losses.)
@@ -480,8 +483,8 @@ def importance(model, examples, hp):
         loss = output_loss(model, last, last, whole_batch(x, y), 0.0, hp)
         gradients = torch.autograd.grad(loss, weights)
         for (key, linear), dW in zip(readers.items(), gradients):
-            # From y = W (ξ ⊙ x) follows ∂ℓ/∂ξ_i = Σ_o W_oi ∂ℓ/∂W_oi: no gate is needed. Where the
-            # matrix has adapters, W is their sum.
+            # From y = W (ξ ⊙ x) follows ∂ℓ/∂ξ_i = Σ_o W_oi ∂ℓ/∂W_oi: no gate is needed. W is all of
+            # it, adapters merged, should that matrix have some.
             gate = (linear.merged().detach().float() * dW.float()).sum(0)    # (N·D,) or (I,)
             if key.endswith("heads"):
                 # A head has one gate for its D dimensions.

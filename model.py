@@ -139,7 +139,7 @@ class ElasticEmbedding(nn.Module):
 def attention(q, k, v, bias):
     """softmax(q kᵀ/√D + bias) v; q (B, N, T, D), k and v (B, G, S, D): N/G heads share a key head.
 
-    bias broadcasts to (B, G, T, S), or is None. Returns (B, N, T, D).
+    bias is (B or 1, 1, T, S), of one row where all T have the same, or None. Returns (B, N, T, D).
     """
     _, N, T, D = q.shape
     G = k.size(1)
@@ -148,7 +148,7 @@ def attention(q, k, v, bias):
         q = q.reshape(-1, G, N // G * T, D)
         if bias is not None and T > 1:
             bias = bias.repeat(1, 1, N // G, 1)
-    # In bfloat16 on a CPU these lines beat torch's kernel, from 2 to 512 tokens (measured so far).
+    # In bfloat16 on a CPU these lines beat torch's kernel; measured from 2 to 511 tokens.
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and 1 < T < 512:
         scores = q * D ** -0.5 @ k.transpose(-1, -2)                 # (B, G, N/G·T, S)
         if bias is not None:
@@ -211,8 +211,9 @@ class SuperTransformer(nn.Module):
         attention values, too; Sec. 5's loss reads none.) ValueError if Φ is no part of the maxnet.
         """
         phi = phi or self.maxnet
-        self.subnet_config(phi)
-        last, h = self.encode(ids, mask, phi, **{"features": phi.layers} | more)
+        self.subnet_config(phi)                      # ValueError if it cannot be
+        features = more.pop("features", phi.layers)
+        last, h = self.encode(ids, mask, phi, features=features, **more)
         return self.logits(last), h
 
     def layer(self, l, *inputs):
@@ -465,8 +466,8 @@ class Bert(SuperTransformer):
             bias = mask_bias(mask == 0, x.dtype)[:, None, None]      # (B, 1, 1, T)
         h = {}
         for l in phi.layers:                                         # g_j(1), g_j(2), ...
-            # Of the last layer the head reads one token. Unless a loss compares the others, that is
-            # a seventh of the work of 6 layers.
+            # Of the last layer the head reads one token. Unless a loss compares the others, to
+            # compute it alone saves a seventh of the work of 6 layers.
             only_first = l == phi.layers[-1] and l not in features
             x = self.layer(l, x, bias, phi, 1 if only_first else None)
             if l in features:
@@ -594,7 +595,7 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(SuperTransformer):
-    """A causal language model: logits of the next token. No head: all but A_s, B_s is frozen."""
+    """A causal language model: logits of the next token. Nothing is trained but A_s, B_s."""
 
     def __init__(self, c, norm):
         super().__init__(c)
@@ -998,7 +999,7 @@ def tensors_by_name(folder, family, config):
 
 
 def fitted(key, tensor, p, dtype):
-    """A stored tensor as parameter p wants it."""
+    """A stored tensor as parameter p wants it; ValueError for another shape or kind of numbers."""
     if tensor.shape != p.shape:
         raise ValueError(f"tensor {key!r} is {tuple(tensor.shape)}; config.json asks for "
                          f"{tuple(p.shape)}")
@@ -1062,12 +1063,10 @@ def check_order(model, order):
 
 
 @torch.no_grad()
-def initialise(model, seed=0, names=("",)):
-    """The usual random start of parameters whose name starts so: N(0, 0.02²), biases 0, gains 1."""
+def initialise(model, seed=0):
+    """The usual random start of all parameters: N(0, 0.02²), biases 0, gains 1."""
     generator = torch.Generator().manual_seed(seed)
     for name, p in model.named_parameters():
-        if not name.startswith(names):
-            continue
         if p.dim() == 2:
             p.copy_(torch.randn(p.shape, generator=generator) * 0.02)
         else:

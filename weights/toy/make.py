@@ -69,7 +69,8 @@ def main(folder: Path) -> None:
         F.cross_entropy(scores, ids[hidden]).backward()
         torch.nn.utils.clip_grad_norm_(bert.parameters(), 1.0)
         optimizer.step()
-    model.initialise(bert, SEED, bert.trained_whole)                 # MLM trains no head
+    head = torch.nn.ModuleList([bert.pooler, bert.classifier])       # MLM trains none of it
+    model.initialise(head, SEED)
     model.save_pretrained(bert, folder)
 
 
