@@ -294,7 +294,7 @@ def output_loss(model, last_j, last_1, batch, alpha, hp, max_logits=2 ** 22):
     """1/|ℬ| Σ_i (1-α) ℓ_task^i + α ℓ_KD^i: line 12 without ℓ_FD. z_j and z_1 are made here, of the
     last states (B, H) or (B, T, H) of Φ_j and Φ_1.
 
-    At most max_logits are alive at a time: see `InChunks`. If a term of yours trains another weight,
+    At most max_logits are alive at a time: see `InChunks`. Should a new term train another weight,
     list it in `readout`: otherwise it gets no gradient.
     """
     y = batch.y

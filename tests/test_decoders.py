@@ -424,7 +424,7 @@ def test_no_more_logits_than_allowed_are_made_at_a_time(monkeypatch):
     y = ids.clone()
     y[:, -1] = data.IGNORED
     s, _ = model.encode(ids, None, model.maxnet)
-    mlfs.output_loss(model, s, s.detach(), mlfs.Batch({}, y, 27, 27), 0.9, HP, logits=5 * 50)
+    mlfs.output_loss(model, s, s.detach(), mlfs.Batch({}, y, 27, 27), 0.9, HP, max_logits=5 * 50)
     assert max(rows) == 5 and sum(rows) == 2 * 24  # student and teacher, 3 x 8 next tokens
 
 
