@@ -17,7 +17,6 @@ import sysconfig
 import tempfile
 import zipfile
 from codecs import BOM_UTF8
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -90,7 +89,7 @@ class Rows(NamedTuple):
     skipped: dict[str, int] = {}
 
 
-def load_task(task: str, folder: str | Path, train: bool = True) -> dict[str, Rows]:
+def load_task(task, folder, train=True):
     """The labelled splits: train (if wanted), dev and, for MNLI, dev_mismatched.
 
     GLUE's test.tsv is never read: its labels are not public.
@@ -102,7 +101,7 @@ def load_task(task: str, folder: str | Path, train: bool = True) -> dict[str, Ro
     return {split: rows[split] for split in splits}
 
 
-def load_glue(task: str, split: str, folder: str | Path) -> Rows:
+def load_glue(task, split, folder):
     """Split "train", "dev" or (MNLI) "dev_mismatched" of `folder`/TASK/*.tsv.
 
     Labels may be words, or their numbers from 0. Raises FileNotFoundError, or ValueError naming
@@ -177,7 +176,7 @@ def read_score(text):
 
 # -------------------------------------------------------------------------- readers: Python code
 
-def load_code(folder: str | Path) -> dict[str, Rows]:
+def load_code(folder):
     """All Python of a folder, split by file: 1 in 20, drawn with a fixed seed, is for validation.
 
     Reads *.py, and *.jsonl or *.jsonl.gz with a "content" field (the layout of the-stack), in all
@@ -277,7 +276,7 @@ def tokenizer_file(folder):
                             f"checkpoint's tokenizer there")
 
 
-def load_tokenizer(folder: str | Path, vocab_size: int | None = None) -> Tokenizer:
+def load_tokenizer(folder, vocab_size=None):
     """tokenizer.json, or uncased WordPiece from vocab.txt; a byte-order mark is no part of either.
 
     Raises FileNotFoundError, or ValueError if it is damaged or its ids exceed `vocab_size`.
@@ -311,7 +310,7 @@ def load_tokenizer(folder: str | Path, vocab_size: int | None = None) -> Tokeniz
 AT_A_TIME = 1024
 
 
-def encode(tokenizer: Tokenizer, rows: Rows, max_length: int) -> Examples:
+def encode(tokenizer, rows, max_length):
     """Token and segment ids, at most `max_length`; the longer sentence of a pair is cut first.
 
     Code: the files joined by the end-of-text token, cut into windows of `max_length`.
@@ -386,8 +385,7 @@ def draw(examples, most):
     return examples.take(np.sort(order[:most or None]))
 
 
-def batches(examples: Examples, batch_size: int, seed: int | tuple[int, ...] | None = None,
-            device: str | torch.device = "cpu") -> Iterator[tuple[dict, torch.Tensor]]:
+def batches(examples, batch_size, seed=None, device="cpu"):
     """One epoch of ({"ids", "segments", "mask"} each (B, T), labels (B,)).
 
     T is the longest of the batch; mask (1 where a token is real) is None when nothing is padded.

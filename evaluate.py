@@ -78,7 +78,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Callable, Iterable, NamedTuple
+from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
@@ -110,22 +110,22 @@ from model import (
 # ----------------------------------------------------------------- metrics, as pure functions
 # predictions and labels are numpy arrays of equal length; 1 is perfect.
 
-def accuracy(predictions: np.ndarray, labels: np.ndarray) -> float:
+def accuracy(predictions, labels):
     return float((predictions == labels).mean())
 
 
-def f1(predictions: np.ndarray, labels: np.ndarray) -> float:
+def f1(predictions, labels):
     """Harmonic mean of precision and recall of class 1; 0 when there is no true positive."""
     hits = ((predictions == 1) & (labels == 1)).sum()
     return float(2 * hits / max((predictions == 1).sum() + (labels == 1).sum(), 1))
 
 
-def matthews(predictions: np.ndarray, labels: np.ndarray) -> float:
+def matthews(predictions, labels):
     """Matthews correlation of two binary vectors; 0 when either is constant."""
     return pearson(predictions, labels)              # the same thing for vectors of 0 and 1
 
 
-def pearson(predictions: np.ndarray, labels: np.ndarray) -> float:
+def pearson(predictions, labels):
     """Linear correlation; 0 when either vector is constant."""
     x = predictions - np.mean(predictions, dtype=np.float64)
     y = labels - np.mean(labels, dtype=np.float64)
@@ -133,7 +133,7 @@ def pearson(predictions: np.ndarray, labels: np.ndarray) -> float:
     return float((x * y).sum() / norm) if norm > 0 else 0.0
 
 
-def spearman(predictions: np.ndarray, labels: np.ndarray) -> float:
+def spearman(predictions, labels):
     """Correlation of the ranks; ties share their mean rank."""
     def ranks(values):
         _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
@@ -200,8 +200,7 @@ def next_token_losses(model, phi, examples, batch_size=8):
     return torch.stack(means).cpu().numpy()
 
 
-def evaluate(model: SuperTransformer, phi: SubnetConfig, task: data.Task,
-             splits: dict[str, data.Examples]) -> dict[str, float]:
+def evaluate(model, phi, task, splits):
     """"score" (the task's first metric), "stderr" and every metric, on dev.
 
     MNLI adds "accuracy_mismatched". Code: the loss, its mean and standard error over windows.
@@ -245,15 +244,13 @@ def subnet(row):
                         tuple(row["layers"]), row["name"])
 
 
-def palette(model: SuperTransformer, space: list[SubnetConfig], task: data.Task,
-            splits: dict[str, data.Examples]) -> list[dict]:
+def palette(model, space, task, splits):
     """A row per subnet, maxnet first: sizes, score, standard error (Figs. 1 and 8)."""
     return [describe(model, phi) | evaluate(model, phi, task, splits) for phi in space]
 
 
 @torch.inference_mode()
-def latency(model: SuperTransformer, space: list[SubnetConfig], batch_size: int = 1,
-            length: int = 128, rounds: int = 5, runs: int = 4) -> list[dict]:
+def latency(model, space, batch_size=1, length=128, rounds=5, runs=4):
     """A row per subnet: how long a forward pass takes, in milliseconds; adapters merged before.
 
     "latency_ms" is the median of the stand-alone model (`extract`), "latency_ms_range" its 10% and
@@ -294,7 +291,7 @@ def wait(device):
         torch.accelerator.synchronize(device)
 
 
-def choose(rows: list[dict], budget: dict[str, float], metric: str) -> list[dict]:
+def choose(rows, budget, metric):
     """The rows within the budget, best first; budget maps a key of a row to its largest value.
 
     The one-standard-error rule: of those within a standard error of the best, the smallest wins.
@@ -645,10 +642,8 @@ def answer(model, phi, tokenizer, task, text, max_length):
     return "\t".join([task.labels[int(z.argmax())], *classes])
 
 
-def generate(model: SuperTransformer, tokenizer: Tokenizer, prompts: list[str],
-             max_new_tokens: int = 256, temperature: float = 0.0, top_p: float = 1.0,
-             stop: tuple[str, ...] = (), seeds: list[int] | None = None,
-             phi: SubnetConfig | None = None) -> list[str]:
+def generate(model, tokenizer, prompts, max_new_tokens=256, temperature=0.0, top_p=1.0, stop=(),
+             seeds=None, phi=None):
     """A continuation of each prompt, up to the end of text or the first of the `stop` strings.
 
     Temperature 0 takes the likeliest token; otherwise one is drawn among the likeliest that hold
@@ -734,7 +729,7 @@ STOP = ("\nclass", "\ndef", "\n#", "\nif", "\nprint", "\n@")           # the fun
 PROBLEM = dict.fromkeys(("task_id", "prompt", "entry_point", "test"), str)
 
 
-def estimate_pass_at_k(n: int, c: int, k: int) -> float:
+def estimate_pass_at_k(n, c, k):
     """1 - C(n-c, k) / C(n, k): the chance that one of k samples passes, when c of n did.
 
     Unbiased (Chen et al., 2021, the paper's HumanEval). ValueError unless 1 ≤ k ≤ n and 0 ≤ c ≤ n.
@@ -988,7 +983,7 @@ RUNNER = "\n\n".join((                               # the child's whole source
 ))
 
 
-def check_correctness(problem: dict, completion: str, timeout: float = 10.0) -> dict:
+def check_correctness(problem, completion, timeout=10.0):
     """Whether the completion passes the problem's asserts, and in a word what happened.
 
     It runs in an empty folder, under limits, and all that it started is killed in the end. Under
@@ -1180,7 +1175,7 @@ def save_adapters(folder, model, settings):
     save_tensors(folder / "adapters.safetensors", model.trained_state(), origin)
 
 
-def save_state(folder: Path, model: SuperTransformer, state) -> None:
+def save_state(folder, model, state):
     """All that `mlfs` needs to go on: what was trained, and its State."""
     tensors = {f"model.{name}": t for name, t in model.trained_state().items()}
     tensors |= {f"U.{layer}": u for layer, u in state.U.items()}
@@ -1319,8 +1314,7 @@ def read_run(folder):
     return run, [subnet(row) for row in run["space"]]
 
 
-def load_run(folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float32,
-             base: Path | None = None) -> tuple[dict, SuperTransformer, list[SubnetConfig]]:
+def load_run(folder, device="cpu", dtype=torch.float32, base=None):
     """(run.json, the model with its adapters, 𝒜), from the folder and its base checkpoint.
 
     base: where that is now, if not where the run found it. Raises FileNotFoundError or ValueError
@@ -1490,7 +1484,7 @@ class Opened(NamedTuple):
     tokenizer: Tokenizer
 
 
-def main(argv: Iterable[str] | None = None) -> int:
+def main(argv=None):
     args = parse_arguments(argv)
     if args.run.suffix == ".jsonl":
         if not args.plot or args.budget or args.subnets:

@@ -36,7 +36,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from fractions import Fraction
 from pathlib import Path
-from typing import Callable, Iterable, Iterator, Literal, NamedTuple, get_args, get_origin
+from typing import Literal, NamedTuple, get_args, get_origin
 
 import numpy as np
 import torch
@@ -157,10 +157,8 @@ def outside_in(layers):
     return tuple(l for pair in pairs for l in pair)[:len(layers)]
 
 
-def configuration_space(maxnet: SubnetConfig, widths: Iterable[float] = (1, 0.75, 0.5),
-                        depths: Iterable[float] = (1, 0.75, 0.5),
-                        hidden: Iterable[float] = (1,), head_group: int = 1,
-                        order: Callable = depth_order) -> list[SubnetConfig]:
+def configuration_space(maxnet, widths=(1, 0.75, 0.5), depths=(1, 0.75, 0.5), hidden=(1,),
+                        head_group=1, order=depth_order):
     """𝒜 (Sec. 4), all combinations: the first is the maxnet Φ_1, the last the minnet Φ_min.
 
     widths are shares of the heads (whole groups of head_group) and of the FFN's neurons, depths of
@@ -196,8 +194,7 @@ def configuration_space(maxnet: SubnetConfig, widths: Iterable[float] = (1, 0.75
     return space
 
 
-def sample_sub_transformers(space: list[SubnetConfig], stage: int, num_subnets: int,
-                            seed: tuple[int, ...]) -> list[SubnetConfig]:
+def sample_sub_transformers(space, stage, num_subnets, seed):
     """𝒜_s of one iteration (Alg. 1 line 6): Φ_1, then others of the stage's kind (Sec. 5).
 
     Stage 0 has the teacher alone, stage 1 varies width at full depth, stage 2 width and depth.
@@ -214,14 +211,14 @@ def sample_sub_transformers(space: list[SubnetConfig], stage: int, num_subnets: 
     return list(dict.fromkeys([maxnet, minnet, *drawn]))[:num_subnets]
 
 
-def gradient_scale(n_1: int, n_j: int, gamma: float) -> float:
+def gradient_scale(n_1, n_j, gamma):
     """(n_1/n_j)^γ (Prop. 2, Eqs. 6 and 10): the smaller the subnet, the larger its gradient."""
     return (n_1 / n_j) ** gamma
 
 
 # ------------------------------------------------------------------------------------ the losses
 
-def task_loss(z: Tensor, y: Tensor) -> Tensor:
+def task_loss(z, y):
     """ℓ_task^i (B,): cross-entropy; squared error where labels are scores (STS-B).
 
     z (B, C), y (B,).
@@ -231,7 +228,7 @@ def task_loss(z: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(z, y, reduction="none")
 
 
-def kd_loss(z_j: Tensor, z_1: Tensor, temperature: float = 1.0, kl: str = "reverse") -> Tensor:
+def kd_loss(z_j, z_1, temperature=1.0, kl="reverse"):
     """ℓ_KD^i = KL[σ(z_j/t), σ(z_1/t)] (B,), the student first as printed (Sec. 5); z (B, C)."""
     if z_j.size(-1) == 1:                            # a score is no distribution: squared error
         return (z_j - z_1).square()[:, 0]
@@ -242,8 +239,7 @@ def kd_loss(z_j: Tensor, z_1: Tensor, temperature: float = 1.0, kl: str = "rever
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
-def fd_loss(h_j: dict[int, Tensor], h_1: dict[int, Tensor], U: dict[int, Tensor], beta: float,
-            fd_sum: bool = False) -> Tensor:
+def fd_loss(h_j, h_1, U, beta, fd_sum=False):
     """ℓ_FD = Σ_l β_l ‖U_j^l h_j^l - U_1^l h_1^g(l)‖² of each token (B, T) (Sec. 5).
 
     h (B, T, d) and U are keyed by maxnet layer, so that g_j is a lookup: of a layer of Φ_j and the
@@ -351,8 +347,7 @@ class Updated:
     rate: float
 
 
-def mlfs(model: SuperTransformer, examples: data.Examples, space: list[SubnetConfig],
-         hp: HyperParameters, state: State | None = None) -> Iterator[StageBegins | Updated]:
+def mlfs(model, examples, space, hp, state=None):
     """Algorithm 1 as a generator; when it ends the model holds all {A_s, B_s}.
 
     An encoder's head is trained with them from stage 0 on (ours). `state` is kept up to date.
@@ -921,7 +916,7 @@ def claim_folder(run, args):
     return state
 
 
-def main(argv: Iterable[str] | None = None) -> int:
+def main(argv=None):
     args, given = parse_arguments(list(sys.argv[1:] if argv is None else argv))
     join_processes(args)
     run, state = prepare(args, given)

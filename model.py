@@ -21,7 +21,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Collection
 
 import torch
 import torch.nn.functional as F
@@ -203,8 +202,7 @@ class SuperTransformer(nn.Module):
         self.gradient_checkpointing = False          # keep no activations inside layers; recompute
         self.order: dict[str, Tensor] = {}           # what `permute` did; stored with the adapters
 
-    def forward(self, ids: Tensor, mask: Tensor | None = None, phi: SubnetConfig | None = None,
-                **more) -> tuple[Tensor, dict[int, Tensor]]:
+    def forward(self, ids, mask=None, phi=None, **more):
         """z, h = f_Φ(x; Π_Φ(W_Sup)); ids and mask (B, T), mask 1 for a real token (Sec. 4).
 
         h: hidden states keyed by maxnet layer, all of Φ's, or those of `features`. (Sec. 4 names
@@ -223,7 +221,7 @@ class SuperTransformer(nn.Module):
         return self.layers[l](*inputs)
 
     @property
-    def maxnet(self) -> SubnetConfig:
+    def maxnet(self):
         """Φ_1: the teacher's own configuration (Sec. 4)."""
         c = self.config
         depth = c["num_hidden_layers"]
@@ -238,7 +236,7 @@ class SuperTransformer(nn.Module):
     def adapted_linears(self):
         return [getattr(layer, name) for layer in self.layers for name in self.adapted]
 
-    def add_stage(self, rank: int | None, seed: int = 0) -> None:
+    def add_stage(self, rank, seed=0):
         """Freeze earlier adapters, add {A_s, B_s} (Alg. 1 line 2). ValueError if rank < 1.
 
         rank None: no adapters, all of W is trained ("full-rank (non-LoRA) MLFS", App. B).
@@ -265,7 +263,7 @@ class SuperTransformer(nn.Module):
             getattr(self, name).requires_grad_(False)
         return teacher
 
-    def num_trainable(self, phi: SubnetConfig) -> int:
+    def num_trainable(self, phi):
         """n_j: entries of the current {A_s, B_s} that Φ_j uses (Alg. 1 line 9).
 
         Prop. 2 says "only the LoRA matrices": the head is not counted. No adapters: all of Φ_j.
@@ -292,7 +290,7 @@ class SuperTransformer(nn.Module):
             return type(self)(self.subnet_config(phi))
 
     @torch.no_grad()
-    def extract(self, phi: SubnetConfig) -> "SuperTransformer":
+    def extract(self, phi):
         """W_Φ = Π_Φ(W_pretrained + Σ_s A_s B_s) (Eqs. 2, 8): merged, cut, copied, stand-alone."""
         small = self.skeleton(phi)
         state = {}
@@ -316,7 +314,7 @@ class SuperTransformer(nn.Module):
     def complete(cls, config):
         """Fills in what a family's config.json leaves unsaid; ValueError for what we cannot do."""
 
-    def reorder(self, importance: dict[str, Tensor]) -> None:
+    def reorder(self, importance):
         """Put the most important heads and neurons first, where every slice keeps them.
 
         As in DynaBERT (Hou et al., 2020). importance: "l.heads" (N,) and "l.neurons" (I,) for each
@@ -456,9 +454,7 @@ class Bert(SuperTransformer):
             self.word_embeddings(ids, H) + self.position_embeddings(positions, H)
             + self.token_type_embeddings(segments, H))
 
-    def encode(self, ids: Tensor, mask: Tensor | None, phi: SubnetConfig,
-               segments: Tensor | None = None,
-               features: Collection[int] = ()) -> tuple[Tensor, dict[int, Tensor]]:
+    def encode(self, ids, mask, phi, segments=None, features=()):
         """The first token's last state (B, H), and h_Φ: the states (B, T, H) after `features`."""
         x = self.embed(ids, segments, phi.hidden_size)
         bias = None
@@ -619,9 +615,7 @@ class Decoder(SuperTransformer):
         kept = {"num_key_value_heads": key_heads(self.config, heads)}
         return super().subnet_config(phi) | kept
 
-    def encode(self, ids: Tensor, mask: Tensor | None, phi: SubnetConfig,
-               cache: Cache | None = None,
-               features: Collection[int] = ()) -> tuple[Tensor, dict[int, Tensor]]:
+    def encode(self, ids, mask, phi, cache=None, features=()):
         """Each token's last state (B, T, H), and h_Φ: those after layers `features`, normalised.
 
         With a cache, ids continue the tokens in it, and mask covers both. Pad on either side.
@@ -951,8 +945,7 @@ def read_checkpoint(folder):
                              ) from None
 
 
-def load_pretrained(folder: str | Path, num_labels: int | None = None,
-                    dtype: torch.dtype | None = None) -> SuperTransformer:
+def load_pretrained(folder, num_labels=None, dtype=None):
     """The checkpoint in `folder`, frozen but for its head.
 
     Every tensor finds its parameter and every parameter its tensor. num_labels: classes wanted; a
@@ -1097,8 +1090,7 @@ def replacing(path):
             beside.unlink(missing_ok=True)
 
 
-def save_pretrained(model: SuperTransformer, folder: str | Path,
-                    labels: tuple[str, ...] = ()) -> None:
+def save_pretrained(model, folder, labels=()):
     """A checkpoint (config.json, model.safetensors) of a merged model: see `extract`.
 
     Where heads x head size is not the hidden size (a narrower BERT or SantaCoder), other libraries
