@@ -635,7 +635,6 @@ def told_to_stop(stopped, device):
 
 # ------------------------------------------------------------------------------------------ a run
 
-ROWS = ("train", "held_out", "dev", "dev_mismatched")
 STAGES = ("fine-tune the teacher (𝒜_0 = the maxnet)", "sample widths at full depth",
           "sample widths and depths")
 
@@ -774,20 +773,21 @@ TASK_SETTINGS = {                                # App. A, where it departs from
 }
 
 
-def nested(depth, kept):
-    return tuple(sorted(outside_in(tuple(range(depth)))[:kept]))
+def decoders(hidden_size, depth, *shapes):
+    """𝒜 of (name, heads, neurons, layers kept); the first is the maxnet."""
+    layers = outside_in(tuple(range(depth)))
+    return [SubnetConfig(hidden_size, heads, neurons, tuple(sorted(layers[:kept])), name)
+            for name, heads, neurons, kept in shapes]
 
 
 # The paper gives only the sizes of its decoders (Tables 1 and 2); which shapes is our choice.
 SUBNETS = {
-    "santacoder": [SubnetConfig(2048, 16, 8192, nested(24, 24), "w1-d24"),               # 1.12B
-                   SubnetConfig(2048, 12, 6144, nested(24, 24), "0.9B"),                 # 0.87B
-                   SubnetConfig(2048, 12, 6144, nested(24, 18), "0.7B"),                 # 0.68B
-                   SubnetConfig(2048, 8, 4096, nested(24, 18), "0.5B")],                 # 0.49B
-    "codellama": [SubnetConfig(4096, 32, 11008, nested(32, 32), "w1-d32"),               # 6.74B
-                  SubnetConfig(4096, 32, 11008, nested(32, 28), "6B"),                   # 5.93B
-                  SubnetConfig(4096, 32, 11008, nested(32, 25), "5.3B"),                 # 5.32B
-                  SubnetConfig(4096, 32, 11008, nested(32, 21), "4.5B")],                # 4.51B
+    "santacoder": decoders(
+        2048, 24, ("w1-d24", 16, 8192, 24), ("0.9B", 12, 6144, 24), ("0.7B", 12, 6144, 18),
+        ("0.5B", 8, 4096, 18)),                      # 1.12B, 0.87B, 0.68B, 0.49B parameters
+    "codellama": decoders(
+        4096, 32, ("w1-d32", 32, 11008, 32), ("6B", 32, 11008, 28), ("5.3B", 32, 11008, 25),
+        ("4.5B", 32, 11008, 21)),                    # 6.74B, 5.93B, 5.32B, 4.51B
 }
 
 
@@ -896,8 +896,8 @@ def prepare(args, given):
 
 
 def default_name(task, model_folder):
-    own = task == "toy" and model_folder == data.DOWNLOADS / "toy"
-    return "toy" if own else f"{task}-{model_folder.resolve().name}"
+    name = model_folder.resolve().name
+    return "toy" if task == name == "toy" else f"{task}-{name}"
 
 
 def claim_folder(run, args):
@@ -940,13 +940,11 @@ def main(argv=None):
 def opening(run):
     """What is about to be done, on what."""
     s = run.settings
-    hp = run.hp
-    rows = ", ".join(f"{size:,} {split}" for split, size in s["data"].items() if split in ROWS)
+    rows = {split: size for split, size in s["data"].items() if split != "folder" and size}
     return (f"MLFS on {s['task']}: {Path(s['base']['folder']).name}, "
             f"{s['space'][0]['parameters'] / 1e6:.1f}M parameters; examples: {rows}\n"
-            f"𝒜: {len(run.space)} subnets, {run.space[0].name} to {run.space[-1].name}; "
-            f"{hp.adapters}, r = {hp.rank}, α = {hp.alpha:g}, γ = {hp.gamma:g}; {s['device']}, "
-            f"{s['dtype']}, seed {hp.seed}; writes {run.folder}/")
+            f"𝒜: {', '.join(phi.name for phi in run.space)}\n"
+            f"{s['device']}, {s['dtype']}, seed {run.hp.seed}; writes {run.folder}/")
 
 
 def closing(run):

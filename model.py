@@ -1169,17 +1169,15 @@ def low_rank_linear(x, W, b, A, B):
         for A_s, B_s in zip(A, B):
             y = y + x @ A_s.to(x.dtype) @ B_s.to(x.dtype)
     """
-    if A:                                            # Σ_s A_s B_s = [A_0 A_1 A_2] [B_0; B_1; B_2]
-        A_all = torch.cat(A, dim=1).to(x.dtype)
-        B_all = torch.cat(B, dim=0).to(x.dtype)
-        return LowRankLinear.apply(x, W, b, A_all, B_all)
-    if torch.is_grad_enabled():                      # so that its result may be written over, too
-        return LowRankLinear.apply(x, W, b, None, None)
-    return F.linear(x, W, b)
+    if not A:
+        return F.linear(x, W, b)
+    A = torch.cat(A, dim=1).to(x.dtype)              # Σ_s A_s B_s = [A_0 A_1 A_2] [B_0; B_1; B_2]
+    B = torch.cat(B, dim=0).to(x.dtype)
+    return LowRankLinear.apply(x, W, b, A, B)
 
 
 class LowRankLinear(torch.autograd.Function):
-    """y = x Wᵀ + b + (x A) B (Eqs. 8 and 9) of x (..., i), W (o, i), A (i, r), B (r, o).
+    """y = x Wᵀ + b + (x A) B (Eqs. 8 and 9): x (..., i), A (i, r), B (r, o), W (o, i) and b frozen.
 
     Its gradient is by hand: sums go in place and nothing is kept that no gradient reads.
     """
@@ -1188,33 +1186,19 @@ class LowRankLinear(torch.autograd.Function):
     def forward(ctx, x, W, b, A, B):
         rows = x.reshape(-1, x.size(-1))                                         # (M, i)
         y = F.linear(rows, W, b)                                                 # (M, o)
-        xA = None
-        if A is not None:
-            xA = rows @ A                                                        # (M, r)
-            y.addmm_(xA, B)
-        read = A is not None or W.requires_grad
-        ctx.save_for_backward(rows if read else None, W, A, B, xA)
+        xA = rows @ A                                                            # (M, r)
+        y.addmm_(xA, B)
+        ctx.save_for_backward(rows, W, A, B, xA)
         # A plain view may not be written over, as BertLayer does with its sums.
         return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.size(1)])
 
     @staticmethod
     def backward(ctx, g):
-        """dx = g W + (g Bᵀ) Aᵀ, dW = gᵀ x, db = Σ g, dA = xᵀ (g Bᵀ), dB = (x A)ᵀ g."""
-        x, W, A, B, xA = ctx.saved_tensors
-        need_x, need_W, need_b, *_ = ctx.needs_input_grad
-        dx = dW = db = dA = dB = None
-        rows = g.reshape(-1, g.size(-1))                                         # (M, o)
-        if A is not None:
-            gB = F.linear(rows, B)                                               # (M, r)
-            dA = x.t() @ gB
-            dB = xA.t() @ rows
-        if need_x:
-            dx = rows @ W                                                        # (M, i)
-            if A is not None:
-                dx.addmm_(gB, A.t())
-            dx = dx.view(*g.shape[:-1], dx.size(1))
-        if need_W:
-            dW = rows.t() @ x
-        if need_b:
-            db = rows.sum(0)
-        return dx, dW, db, dA, dB
+        """dx = g W + (g Bᵀ) Aᵀ, dA = xᵀ (g Bᵀ), dB = (x A)ᵀ g."""
+        rows, W, A, B, xA = ctx.saved_tensors
+        g_rows = g.reshape(-1, g.size(-1))                                       # (M, o)
+        gB = F.linear(g_rows, B)                                                 # (M, r)
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = (g_rows @ W).addmm_(gB, A.t()).view(*g.shape[:-1], W.size(1))
+        return dx, None, None, rows.t() @ gB, xA.t() @ g_rows

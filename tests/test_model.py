@@ -65,24 +65,17 @@ def test_both_attention_kernels_give_the_textbook_formula(dtype):
     assert torch.allclose(got, expected, atol=1e-5 if dtype == torch.float32 else 3e-2)
 
 
-@pytest.mark.parametrize("adapters", [True, False])
-@pytest.mark.parametrize("trained", ["xWbAB", "xAB", "AB", "xWb", "Wb"])
-def test_the_gradient_by_hand_is_that_of_finite_differences(adapters, trained):
-    """∂y of y = x Wᵀ + b + (x A) B, whatever of it is trained, in float64."""
+@pytest.mark.parametrize("trained", ["xAB", "AB"])
+def test_the_gradient_by_hand_is_that_of_finite_differences(trained):
+    """∂y of y = x Wᵀ + b + (x A) B, W and b frozen, in float64."""
     torch.manual_seed(0)
     sizes = {"x": (2, 3, 4), "W": (5, 4), "b": (5,), "A": (4, 2), "B": (2, 5)}
     inputs = [torch.randn(size).double() for size in sizes.values()]
-    if not adapters:
-        inputs[3:], trained = [None, None], trained.strip("AB")
-    for name, t in zip(sizes, inputs, strict=True):
-        if name in trained:
-            t.requires_grad_()
-    if trained:
-        assert torch.autograd.gradcheck(LowRankLinear.apply, inputs)
+    for name, t in zip(sizes, inputs):
+        t.requires_grad_(name in trained)
+    assert torch.autograd.gradcheck(LowRankLinear.apply, inputs)
     x, W, b, A, B = inputs
-    expected = torch.einsum("bti,oi->bto", x, W) + b
-    if adapters:
-        expected = expected + torch.einsum("bti,ir,ro->bto", x, A, B)
+    expected = torch.einsum("bti,oi->bto", x, W) + b + torch.einsum("bti,ir,ro->bto", x, A, B)
     assert torch.allclose(LowRankLinear.apply(*inputs), expected, atol=1e-12)
 
 
@@ -91,7 +84,7 @@ def test_the_gradient_by_hand_is_that_of_finite_differences(adapters, trained):
 def test_the_fast_product_is_that_of_its_plain_lines(stages, gradients):
     """x Wᵀ + b + Σ_s (x A_s) B_s of any slice, values and gradients, in float64."""
     torch.manual_seed(0)
-    linear = ElasticLinear(8, 6, trainable=True)
+    linear = ElasticLinear(8, 6, trainable=stages == 0)  # App. B's full-rank MLFS has no stages
     for _ in range(stages):
         linear.add_stage(2, torch.Generator())
     for p in linear.parameters():
