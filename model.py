@@ -1032,7 +1032,7 @@ def load_trained_state(model, state):
     if first + "weight" in state:                    # full-rank MLFS: all of W is in there
         model.add_stage(None)
     while (A_s := state.get(f"{first}A.{model.num_stages}")) is not None:
-        model.add_stage(A_s.size(1))
+        model.add_stage(A_s.size(-1) if A_s.dim() else 0)
     own = model.trained_state()
     for name in sorted({*own, *state}):
         if name not in state or name not in own or own[name].shape != state[name].shape:
@@ -1050,7 +1050,8 @@ def check_order(model, order):
     for l in model.maxnet.layers:
         for kind, size in sizes.items():
             index = order.get(f"{l}.{kind}")
-            if index is None or not torch.equal(index.sort().values, torch.arange(size)):
+            whole_numbers = index is not None and index.dtype == torch.int64
+            if not whole_numbers or not torch.equal(index.sort().values, torch.arange(size)):
                 raise ValueError(f"the adapters do not fit this base model: 'order.{l}.{kind}' is "
                                  f"no permutation of its {size}")
 

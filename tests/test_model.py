@@ -24,6 +24,7 @@ from model import (
 )
 
 REFERENCE = Path(__file__).parent / "reference"
+SIZES = (("heads", 4), ("neurons", 24))
 
 
 @pytest.mark.parametrize("layout", ["bert-plain", "bert-pretraining", "bert-classifier"])
@@ -265,6 +266,23 @@ def test_adapters_of_another_base_model_are_refused(tiny, other, words):
     )
     with pytest.raises(ValueError, match=words):
         load_trained_state(tiny_bert(**other), tiny.trained_state())
+
+
+@pytest.mark.parametrize(
+    "name, wrong, words",
+    [
+        ("layers.0.query.A.0", torch.tensor(1.0), "rank r of A and B must be at least 1"),
+        ("layers.0.query.A.0", torch.ones(2), "'layers.0.query.A.0' is missing, extra or"),
+        ("order.1.heads", torch.arange(4.0), "'order.1.heads' is no permutation of its 4"),
+        ("order.1.heads", torch.ones(4).to(torch.float8_e5m2), "'order.1.heads' is no permutation"),
+    ],
+)
+def test_adapters_that_are_no_matrices_or_no_permutation_are_refused(tiny, name, wrong, words):
+    """Their checksum may be right: a sentence, not a traceback."""
+    tiny.add_stage(2)
+    tiny.reorder({f"{l}.{k}": torch.rand(n) for l in range(4) for k, n in SIZES})
+    with pytest.raises(ValueError, match=words):
+        load_trained_state(tiny_bert(), tiny.trained_state() | {name: wrong})
 
 
 def test_save_and_load_give_the_same_bits_and_never_overwrite(tiny, tmp_path):
