@@ -859,6 +859,9 @@ def fit_settings(hp, given, model, folder):
     return dataclasses.replace(hp, max_length=min(hp.max_length, model.max_tokens))
 
 
+MODEL_OPTIONS = ("max_length", "widths", "depths", "hidden")         # whose values suit one model
+
+
 def prepare(args, given):
     """Reads and checks all input, then takes the run folder: bad input leaves no trace."""
     HyperParameters(**given)                     # bad values are told before anything is downloaded
@@ -963,7 +966,6 @@ def closing(run):
             f"Ship the smallest within one standard error of the best that fits: {choices}.")
 
 
-MODEL_OPTIONS = ("max_length", "widths", "depths", "hidden")
 def parse_arguments(argv):
     """The run's options, and those hyper-parameters that were given."""
     parser = evaluate.Parser(__doc__, "python mlfs.py [options]")
