@@ -525,9 +525,8 @@ def find_inputs(task, model, data_dir):
             raise
         wanted = f"BERT-BASE ON {task.upper()}"
         line = "!" * 90
-        print(f"{line}\nNO {wanted}: {error}\n"
-              f"What follows is the BUILT-IN TOY, a 0.5M-parameter model on generated sentences.\n"
-              f"Its figures say nothing about {wanted}.\n{line}", flush=True)
+        print(f"{line}\nNO {wanted}: {error}\nWhat follows is the BUILT-IN TOY; its figures say "
+              f"nothing about {wanted}.\n{line}", flush=True)
     note = f"TOY RUN, not {wanted}: nothing could be downloaded"
     return "toy", find_model("toy"), find_data("toy"), note
 
@@ -633,6 +632,5 @@ def sha256(paths):
         if not path.exists():
             raise FileNotFoundError(f"there is no {path}")
         with open(path, "rb") as file:
-            while block := file.read(1 << 20):       # a checkpoint may be larger than memory
-                digest.update(block)
+            hashlib.file_digest(file, lambda: digest)            # one digest goes on over all files
     return digest.hexdigest()

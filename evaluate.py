@@ -7,7 +7,7 @@
     python evaluate.py runs/python-santacoder --humaneval HumanEval.jsonl.gz --allow-code-execution
 
 What is measured:
-  RUN                   a run folder; with --plot also its log.jsonl
+  RUN                   a run folder
   --subnets, --subnet NAMES
                         such as w1-d4,w0.5-d2; default: the whole palette
   --device DEVICE       cpu, cuda, ...; default cpu
@@ -22,8 +22,7 @@ Choosing the best subnet within a budget:
   --max-latency-ms MS   median of a forward pass on this machine: batch 1, at most 128 tokens
 
 Or one of these:
-  --plot FILE           score against parameters and latency, or the curves of a log.jsonl, as .png,
-                        .svg or .pdf; needs matplotlib
+  --plot FILE           score against parameters and latency; .png, .svg or .pdf; needs matplotlib
   --export SUBNET DIR   a checkpoint: config.json, model.safetensors, the tokenizer, a model card
   --pad-heads           with it: heads of zeros, where the transformers library needs them to load
   --onnx                with it: model.onnx, in float32; needs onnx, onnxscript and onnxruntime
@@ -55,7 +54,6 @@ import gzip
 import hashlib
 import importlib
 import inspect
-import itertools
 import json
 import logging
 import math
@@ -73,7 +71,7 @@ import tempfile
 import time
 import warnings
 import zlib
-from argparse import ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormatter
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -86,6 +84,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import data
@@ -334,7 +333,7 @@ COLUMNS: dict[str, tuple[str, Callable | None]] = {  # of a row: heading, format
     "size_mb": ("on disk", "{:.1f} MB".format),
     "score": ("score", None),
     "stderr": ("± s.e.", None),
-    "latency_ms": ("latency, ms", "{:.2f}".format),
+    "latency_ms": ("median ms [10%, 90%]", "{:.2f}".format),
     "slice_ms": ("in place, ms", "{:.2f}".format),
 }
 SHARED = ("parameters", "encoder_parameters", "macs", "size_mb", "score", "latency_ms", "slice_ms")
@@ -405,7 +404,7 @@ def picture(path, panels):
         figure.savefig(beside, format=path.suffix[1:], dpi=120)
 
 
-def plot_palette(path, rows, metric, heading, teacher):
+def plot_palette(path, rows, metric, heading, maxnet):
     """Score against parameters and against latency, with standard errors; the teacher's score, and
     its slices before stages 1 and 2."""
     points = 1 if metric == "loss" else 100
@@ -424,61 +423,11 @@ def plot_palette(path, rows, metric, heading, teacher):
                     axis.plot(costs, old, mark, color="gray", label=f"{moment}, not trained yet")
             axis.errorbar(costs, scores, errors, fmt="o", capsize=2, label="MLFS")
             for row, cost, score in zip(rows, costs, scores):
-                axis.annotate(row["name"], (cost, score), fontsize=7, xytext=(4, -9),
-                              textcoords="offset points")
-            if teacher is not None:
-                axis.axhline(points * teacher, color="black", linestyle=":", label="teacher")
+                axis.text(cost, score, row["name"], fontsize=7, verticalalignment="top")
+            if "sliced teacher" in maxnet:           # its history: at that moment it is the teacher
+                axis.axhline(points * maxnet["sliced teacher"], linestyle=":", label="teacher")
             axis.grid(alpha=0.3)
         left.legend(fontsize=7)
-
-
-def read_log(path):
-    """Curves of a log.jsonl, and the iterations at which the three stages start.
-
-    A curve is [(iteration, value)], kept by kind ("loss", "validation"), subnet and stage.
-    ValueError if there is none, or what no run wrote.
-    """
-    entries = read_lines(path, PLACE)
-    starts = [0]
-    for stage in range(2):
-        steps = [entry["step"] for entry in entries if entry["stage"] == stage]
-        starts.append(starts[-1] + max(steps, default=0))
-    curves = {}
-    with naming(f"{path} is not one of ours, or was edited"):
-        for entry, kind in itertools.product(entries, ("loss", "validation")):
-            stage = entry["stage"]
-            if stage not in range(3):
-                raise ValueError(f"there is no stage {stage}")
-            values = entry.get(kind, {})
-            check_form(values, {str: float}, kind)
-            for name, value in values.items():
-                stages = curves.setdefault(kind, {}).setdefault(name, ([], [], []))
-                stages[stage].append((starts[stage] + entry["step"], value))
-    if not curves:
-        raise ValueError(f"{path} has no losses yet")
-    return curves, starts
-
-
-def plot_curves(path, curves, starts):
-    """Losses per subnet, means over 10 logged steps, and validation scores, over the iterations of
-    all stages (Figs. 2, 5 and 7); see `read_log`."""
-    with picture(path, len(curves)) as (_, axes):
-        for axis, (kind, subnets) in zip(axes, curves.items()):
-            for i, (name, stages) in enumerate(sorted(subnets.items())):
-                color = f"C{i % 10}"
-                axis.plot([], [], color=color, label=name)
-                for points in filter(None, stages):
-                    window = min(10 if kind == "loss" else 1, math.ceil(len(points) / 3))
-                    weights = np.full(window, 1 / window)
-                    steps, values = np.transpose(points)
-                    axis.plot(np.convolve(steps, weights, "valid"),
-                              np.convolve(values, weights, "valid"),
-                              marker="." if len(points) == 1 else "", color=color)
-            for start in starts[1:]:
-                axis.axvline(start, color="gray", linewidth=0.5)
-            axis.set_xlabel("iterations of the three stages")
-            axis.set_ylabel("training loss" if kind == "loss" else "validation score")
-            axis.legend(fontsize=7)
 
 
 # ------------------------------------------------------------------------------------- shipping
@@ -578,7 +527,7 @@ def export_onnx(small, path):
         warnings.simplefilter("ignore")                              # torch's, on its own workings
         torch.onnx.export(model, tuple(example.values()), path, input_names=list(example),
                           output_names=["logits"], dynamic_shapes=dict.fromkeys(example, axes),
-                          dynamo=True, verbose=False, external_data=large)
+                          dynamo=True, external_data=large)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     x = onnx_inputs(small, 3, min(128, room))        # of another shape than it was traced with
     z = session.run(None, {name: part.numpy() for name, part in x.items()})[0]
@@ -604,7 +553,7 @@ tags: [mlfs]
 
 {note}Cut by MLFS (Kundu et al., NAACL 2024) from {base} (sha256 of its files:
 {run['base']['sha256']}), rank {hp['rank']}, seed {hp['seed']}.
-Layers kept, from 0: {', '.join(map(str, row['layers']))}. Weights in {dtype}. {form}
+Layers kept, from 0: {row['layers']}. Weights in {dtype}. {form}
 
 {title(run['task'], metric, run['data']['dev'])}:
 
@@ -677,15 +626,12 @@ def extend(model, phi, encoded, most, next_tokens, has_ended):
         raise ValueError(f"a prompt of {longest} tokens leaves no room in the model's {room} "
                          f"positions")
     total = min(longest + most, room)
-    ids = torch.zeros(len(encoded), longest, dtype=torch.long)       # (B, T), padded on the left
-    mask = torch.ones(len(encoded), total, dtype=torch.long)
-    for row, tokens in enumerate(encoded):
-        padded = longest - len(tokens)
-        ids[row, padded:] = torch.tensor(tokens)
-        mask[row, :padded] = 0
     device = next(model.parameters()).device
-    ids = ids.to(device)
-    mask = None if mask.all() else mask.to(device)                   # without one it is faster
+    ids = pad_sequence([torch.tensor(tokens) for tokens in encoded], batch_first=True,
+                       padding_side="left").to(device)               # (B, T)
+    padded = torch.tensor([[longest - len(tokens)] for tokens in encoded], device=device)
+    mask = (torch.arange(total, device=device) >= padded).long()
+    mask = None if mask.all() else mask                              # without one it is faster
     cache = Cache(total)
     new = [[] for _ in encoded]
     running = set(range(len(encoded)))
@@ -743,11 +689,9 @@ def judged_before(path, made):
     with replacing(path) as beside:                  # without a last line that a crash cut short
         beside.write_bytes(text[:text.rfind(b"\n") + 1])
     rows = read_lines(path, {"task_id": str, "sample": int, "passed": bool, "made": dict})
-    for row in rows:
-        for key, value in made.items():
-            if row["made"].get(key) != value:
-                raise ValueError(f"{path} holds completions made with another {key}; move it away "
-                                 f"first")
+    for key, value in made.items():
+        if any(row["made"].get(key) != value for row in rows):
+            raise ValueError(f"{path} holds completions made with another {key}; move it away")
     return rows
 
 
@@ -773,8 +717,8 @@ def humaneval(model, tokenizer, problems, path, origin, samples=1, batch_size=16
             texts = generate(model, tokenizer, prompts, stop=STOP, seeds=seeds, **settings)
             verdicts = pool.map(check_correctness, asked, texts)
             for (sample, i), text, verdict in zip(batch, texts, verdicts):
-                row = {"task_id": problems[i]["task_id"], "sample": sample, "completion": text}
-                rows.append(row | {"made": made} | verdict)
+                rows.append({"task_id": problems[i]["task_id"], "sample": sample,
+                             "completion": text, "made": made} | verdict)
                 file.write(json.dumps(rows[-1]) + "\n")
             file.flush()
     return pass_at_k(rows, [problem["task_id"] for problem in problems], samples)
@@ -787,10 +731,9 @@ def pass_at_k(rows, tasks, samples):
         if row["sample"] < samples and row["task_id"] in passed:
             passed[row["task_id"]] += row["passed"]
     found = {}
-    for k in (1, 10, 100):
-        if k <= samples:
-            chances = [estimate_pass_at_k(samples, count, k) for count in passed.values()]
-            found[f"pass@{k}"] = float(np.mean(chances))
+    for k in filter(lambda k: k <= samples, (1, 10, 100)):
+        chances = [estimate_pass_at_k(samples, count, k) for count in passed.values()]
+        found[f"pass@{k}"] = float(np.mean(chances))
     ones = [count / samples for count in passed.values()]            # pass@1 of each problem
     return found | {"stderr": float(np.std(ones) / np.sqrt(len(tasks)))}
 
@@ -1081,8 +1024,6 @@ def take_folder(folder, settings, resume, overwrite):
     FileExistsError if it is in use and neither was asked for; ValueError if it is resumed with
     other settings than it was started with.
     """
-    if resume and overwrite:
-        raise ValueError("--resume and --overwrite contradict each other; give one of them")
     if resume:
         old = read_json(folder / "run.json")
         check_settings(folder, old, settings)
@@ -1276,11 +1217,8 @@ def device_name(device):
 
 def conditions(measured):
     """Where and how a palette was measured."""
-    what = "Scores as the training run measured them"
-    if "length" in measured:
-        what = "Median latency of a forward pass [10%, 90%], stand-alone and in place"
     how = [f"{key} {value}" for key, value in measured.items() if key != "adapters"]
-    return f"{what}: {', '.join(how)}."
+    return f"Measured with {', '.join(how)}."
 
 
 def peak_memory(device):
@@ -1368,8 +1306,7 @@ def exit_on_bad_input(main):
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nstopped; training goes on with --resume, HumanEval with the same command",
-              file=sys.stderr)
+        print("\nstopped; go on with --resume, or HumanEval with the same command", file=sys.stderr)
         return 130
 
 
@@ -1386,26 +1323,11 @@ class Parser(ArgumentParser):
         super().__init__(usage=usage, description=description, epilog=epilog, formatter_class=form)
 
     def error(self, message):
-        raise ValueError(f"{message}; --help tells more")
-
-
-def number(kind, fits, words):
-    """For argparse: reads a number that fits; otherwise the error says that it must be `words`."""
-    def read(text):
-        with suppress(ValueError):
-            if fits(value := kind(text)):
-                return value
-        raise ArgumentTypeError(f"must be {words}, not {text}")
-    return read
+        raise ValueError(f"{message}; see --help")
 
 
 def parse_arguments(argv):
     """The options; ValueError for those that contradict each other, before anything is read."""
-    positive = number(float, lambda value: value > 0, "above 0")
-    count = number(int, lambda value: value >= 1, "a whole number, at least 1")
-    temperature = number(float, lambda value: value == 0 or value >= 1e-3, "0, or at least 0.001")
-    share = number(float, lambda value: 0 < value <= 1, "above 0 and at most 1")
-
     parser = Parser(__doc__, "python evaluate.py RUN [options]")
     parser.format_help = lambda: __doc__             # written by hand: what goes with what
     add = parser.add_argument
@@ -1416,7 +1338,7 @@ def parse_arguments(argv):
     add("--model", type=Path)
     add("--data-dir", type=Path)
     for budget in BUDGETS:
-        add("--" + budget.replace("_", "-"), type=positive)
+        add("--" + budget.replace("_", "-"), type=float)
     one_of = parser.add_mutually_exclusive_group().add_argument
     one_of("--plot", type=Path)
     one_of("--export", nargs=2)
@@ -1425,11 +1347,11 @@ def parse_arguments(argv):
     add("--pad-heads", action="store_true")
     add("--onnx", action="store_true")
     add("--allow-code-execution", action="store_true")
-    add("--samples", type=count, default=1)
-    add("--batch-size", type=count, default=16)
-    add("--max-new-tokens", type=count, default=256)
-    add("--temperature", type=temperature, default=0.0)
-    add("--top-p", type=share, default=1.0)
+    add("--samples", type=int, default=1)
+    add("--batch-size", type=int, default=16)
+    add("--max-new-tokens", type=int, default=256)
+    add("--temperature", type=float, default=0.0)
+    add("--top-p", type=float, default=1.0)
     args = parser.parse_args(argv)
     asked = {key: getattr(args, option) for option, (key, _) in BUDGETS.items()}
     args.budget = {key: most for key, most in asked.items() if most is not None}
@@ -1440,7 +1362,13 @@ def parse_arguments(argv):
 
 
 def check_options(args):
-    """ValueError for options that contradict each other."""
+    """ValueError for numbers that cannot be, and for options that contradict each other."""
+    for name in ("samples", "batch_size", "max_new_tokens", "top_p", *BUDGETS):
+        value = getattr(args, name)
+        if value is not None and not value > 0:      # not a number is not above 0, either
+            raise ValueError(f"--{name.replace('_', '-')} must be above 0, not {value}")
+    if args.top_p > 1 or not (args.temperature == 0 or args.temperature >= 1e-3):
+        raise ValueError("--top-p must be at most 1, --temperature 0 or at least 0.001")
     if args.humaneval and not args.allow_code_execution:
         raise ValueError("--humaneval runs programs that a model wrote, which may do harm; nothing "
                          "was run: add --allow-code-execution if this machine may be exposed to it")
@@ -1480,11 +1408,6 @@ class Opened(NamedTuple):
 
 def main(argv=None):
     args = parse_arguments(argv)
-    if args.run.suffix == ".jsonl":
-        if not args.plot or args.budget or args.subnets:
-            raise ValueError(f"{args.run}: --plot FILE draws its curves; do one at a time")
-        plot_curves(args.plot, *read_log(args.run))
-        return 0
     problems = read_lines(args.humaneval, PROBLEM) if args.humaneval else []
     if args.humaneval and not problems:
         raise ValueError(f"{args.humaneval} has no problems")
@@ -1538,8 +1461,7 @@ def print_palette(args, run):
     names = [phi.name for phi in run.subnets]
     shown = [row for row in rows if row["name"] in names]
     if args.plot:
-        teacher = rows[0].get("history", {}).get("sliced teacher")
-        plot_palette(args.plot, shown, metric, heading, teacher)
+        plot_palette(args.plot, shown, metric, heading, rows[0].get("history", {}))
     if args.export:
         ship(args, run, [rows[0], shown[0]], where)
     return print_choice(shown, args.budget, metric, where) if args.budget else 0
@@ -1568,8 +1490,8 @@ def measured_rows(args, run, stored, now):
         splits[name] = data.draw(examples, hp["dev_examples"])
     found = len(splits["dev"].ids)
     if found != run.settings["data"]["dev"]:
-        raise ValueError(f"{place} has {found:,} dev examples, {run.folder} was measured on "
-                         f"{run.settings['data']['dev']:,}: that is other data")
+        raise ValueError(f"{place} has {found:,} dev examples, not the "
+                         f"{run.settings['data']['dev']:,} of {run.folder}: that is other data")
     asked = run.subnets if args.subnets else run.space
     space = [phi for phi in run.space if phi == run.space[0] or phi in asked]
     scored = palette(run.model, space, run.task, splits)
@@ -1627,8 +1549,7 @@ def print_predictions(args, run):
 def print_choice(rows, budget, metric, where):
     """The best and the next best within the budget; exit code 3 if there is none."""
     def costs(row):
-        return ", ".join(f"{round(row[key], 3):,.12g} {unit}" for key, unit in BUDGETS.values()
-                         if key in row)
+        return ", ".join(f"{row[key]:,.10g} {unit}" for key, unit in BUDGETS.values() if key in row)
 
     chosen = choose(rows, budget, metric)
     if not chosen:
@@ -1656,8 +1577,8 @@ def print_humaneval(args, run, problems):
         found = humaneval(run.model.extract(phi), run.tokenizer, problems, path, origin,
                           args.samples, args.batch_size, **settings)
         points = ", ".join(f"{name} {100 * value:.1f}" for name, value in found.items())
-        print(f"{phi.name}: {points}; {len(problems)} problems, {args.samples} samples each, "
-              f"{args.dtype}", flush=True)
+        print(f"{phi.name}: {points}; {len(problems)} problems, {args.samples} samples each",
+              flush=True)
 
 
 if __name__ == "__main__":

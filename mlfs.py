@@ -112,10 +112,8 @@ class HyperParameters:
         for name in ("beta", "clip", "train_examples", "dev_examples", "validate_every"):
             check(name, getattr(self, name) >= 0, "be at least 0")
         check("max_length", self.max_length >= 4, "be at least 4")
-        check("alpha", 0 <= self.alpha <= 1, "lie in [0, 1]")
-        check("gamma", 0 <= self.gamma <= 10, "lie in [0, 10]")
-        check("warmup", 0 <= self.warmup < 1, "lie in [0, 1)")
-        check("seed", 0 <= self.seed < 2 ** 32, "lie in [0, 2^32)")
+        for name, most in {"alpha": 1, "gamma": 10, "warmup": 0.99, "seed": 2 ** 32 - 1}.items():
+            check(name, 0 <= getattr(self, name) <= most, f"lie in [0, {most}]")
         check("learning_rate", self.learning_rate > 0, "be above 0")
         check("epochs", len(self.epochs) == 3 and min(self.epochs) >= 0,
               "be three whole numbers from 0 on")
@@ -635,8 +633,7 @@ def told_to_stop(stopped, device):
 
 # ------------------------------------------------------------------------------------------ a run
 
-STAGES = ("fine-tune the teacher (𝒜_0 = the maxnet)", "sample widths at full depth",
-          "sample widths and depths")
+STAGES = ("fine-tune the teacher", "sample widths at full depth", "sample widths and depths")
 
 
 @dataclass
@@ -690,9 +687,9 @@ class Run:
                 self.measure("reordered")
             self.settings["start_scores"][event.stage] = self.held_out_score()
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        share = trained / self.settings["space"][0]["parameters"]
+        whole = self.settings["space"][0]["parameters"]
         print(f"\nStage {event.stage}: {STAGES[event.stage]}; trains {trained:,} weights, "
-              f"{share:.1%} of the model; {event.steps:,} steps", flush=True)
+              f"{trained / whole:.1%} of the model; {event.steps:,} steps", flush=True)
         self.bar = tqdm(total=event.steps, initial=event.step, disable=None, unit=" steps",
                         desc=f"stage {event.stage}", dynamic_ncols=True)
         self.started = time.monotonic()
@@ -711,11 +708,10 @@ class Run:
         score = self.held_out_score()
         self.log(event, held_out=score, at_stage_start=before)
         if evaluate.gain(metric, before, score) < -0.05:
-            self.bar.write(
-                f"warning: stage {event.stage}, step {event.step}: on held-out training data the "
-                f"maxnet's {metric} went from {evaluate.show(metric, before)} to "
-                f"{evaluate.show(metric, score)}; a lower --learning-rate or --clip helps, or "
-                f"--teacher fixed", file=sys.stderr)
+            self.bar.write(f"warning: on held-out training data the maxnet's {metric} went from "
+                           f"{evaluate.show(metric, before)} to {evaluate.show(metric, score)}; a "
+                           f"lower --learning-rate or --clip, or --teacher fixed, helps",
+                           file=sys.stderr)
 
     def checkpoint(self, event, state):
         self.settings["seconds"][event.stage] += time.monotonic() - self.started
@@ -799,9 +795,8 @@ def choose_space(hp, given, model, folder):
                                    order)
     space = SUBNETS[hp.subnets]
     if space[0] != model.maxnet:
-        raise ValueError(f"--subnets {hp.subnets} is not for {folder}: that is a model of "
-                         f"{model.maxnet.name}, hidden size {model.maxnet.hidden_size}, not "
-                         f"{space[0].name}, {space[0].hidden_size}")
+        raise ValueError(f"--subnets {hp.subnets} is not for {folder}: {model.maxnet} is not "
+                         f"{space[0]}")
     if shares := [key for key in ("widths", "depths", "hidden") if key in given]:
         raise ValueError(f"--{shares[0]} and --subnets {hp.subnets} contradict each other")
     return space
@@ -893,14 +888,10 @@ def prepare(args, given):
         "python": platform.python_version(), "torch": torch.__version__,
         "seconds": [0.0] * 3, "start_scores": [0.0] * 3, "peak_memory": 0, "command": args.command,
     }
-    folder = args.out or Path("runs") / default_name(name, model_folder)
+    base = model_folder.resolve().name
+    folder = args.out or Path("runs", "toy" if name == base == "toy" else f"{name}-{base}")
     run = Run(folder, settings, hp, data.TASKS[name], model, space, train, held_out, splits, [])
     return run, claim_folder(run, args)
-
-
-def default_name(task, model_folder):
-    name = model_folder.resolve().name
-    return "toy" if task == name == "toy" else f"{task}-{name}"
 
 
 def claim_folder(run, args):
@@ -934,20 +925,17 @@ def main(argv=None):
         print("\nstopped and saved; the same command with --resume goes on from there",
               file=sys.stderr)
         return 128 + number
-    print(closing(run))
-    if run.settings["note"]:
-        print(run.settings["note"])
+    print(closing(run), run.settings["note"], sep="\n")
     return 0
 
 
 def opening(run):
     """What is about to be done, on what."""
     s = run.settings
-    rows = {split: size for split, size in s["data"].items() if split != "folder" and size}
     return (f"MLFS on {s['task']}: {Path(s['base']['folder']).name}, "
-            f"{s['space'][0]['parameters'] / 1e6:.1f}M parameters; examples: {rows}\n"
+            f"{s['space'][0]['parameters'] / 1e6:.1f}M parameters; data: {s['data']}\n"
             f"𝒜: {', '.join(phi.name for phi in run.space)}\n"
-            f"{s['device']}, {s['dtype']}, seed {run.hp.seed}; writes {run.folder}/")
+            f"{s['device']}, {s['dtype']}; writes {run.folder}/")
 
 
 def closing(run):
@@ -955,12 +943,11 @@ def closing(run):
     s = run.settings
     metric = run.task.metrics[0]
     stored = (run.folder / "adapters.safetensors").stat().st_size / 1e6
-    choices = ", ".join(f"{row['name']} ({evaluate.quality(row, metric)}) from {most / 1e6:.2f}M "
-                        f"parameters on"
+    choices = ", ".join(f"{row['name']} from {most / 1e6:.2f}M parameters on"
                         for most, row in evaluate.worth_shipping(run.palette, metric))
     return (f"\n{evaluate.title(s['task'], metric, s['data']['dev'])}\n\n"
             f"{evaluate.final_table(run.palette, metric)}\n\n"
-            f"Trained in {sum(s['seconds']):.0f} s, at most {s['peak_memory'] / 2**30:.1f} GiB. "
+            f"Trained in {sum(s['seconds']):.0f} s, {s['peak_memory'] / 2**30:.1f} GiB. "
             f"{run.folder}/adapters.safetensors ({stored:.1f} MB) and the base model make all "
             f"{len(run.space)} subnets.\n"
             f"Ship the smallest within one standard error of the best that fits: {choices}.")
@@ -973,8 +960,9 @@ def parse_arguments(argv):
     parser.add_argument("--model", type=Path, help="checkpoint folder; default BERT-base")
     parser.add_argument("--data-dir", type=Path, help="holds SST-2/ etc.; default weights/glue")
     parser.add_argument("--out", type=Path, help="run folder; default runs/TASK-MODEL")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in its folder")
-    parser.add_argument("--overwrite", action="store_true", help="replace the run in its folder")
+    either = parser.add_mutually_exclusive_group()
+    either.add_argument("--resume", action="store_true", help="go on with the run in its folder")
+    either.add_argument("--overwrite", action="store_true", help="replace the run in its folder")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=device, help=f"cpu, cuda, ...; default {device}")
     fields = dataclasses.fields(HyperParameters)

@@ -742,8 +742,8 @@ class GPT(Decoder):
                 N = config["num_attention_heads"]
                 rows = [N * D if part == "query" else D for part in parts]
                 if tensor.shape[:1] != (sum(rows),):
-                    raise ValueError(f"tensor {short(name)} has {(*tensor.shape, 0)[0]} rows; "
-                                     f"config.json asks for {sum(rows)}")
+                    raise ValueError(f"tensor {short(name)} is {tuple(tensor.shape)}; config.json "
+                                     f"asks for {sum(rows)} rows")
                 names = [name.replace(module, part) for part in parts]
                 return dict(zip(names, tensor.split(rows)))
         return {name: tensor}
@@ -940,9 +940,8 @@ def read_checkpoint(folder):
             with safe_open(path, framework="pt") as file:
                 yield from [(name, file.get_tensor(name)) for name in file.keys()]
         except (SafetensorError, OSError) as error:
-            missing = "" if path.exists() else "; its index names it, and it is not there"
-            raise ValueError(f"{path} is damaged or cut short: {str(error)[:200]}{missing}"
-                             ) from None
+            what = "is damaged or cut short" if path.exists() else "is not there, but in the index"
+            raise ValueError(f"{path} {what}: {str(error)[:200]}") from None
 
 
 def load_pretrained(folder, num_labels=None, dtype=None):
@@ -1032,7 +1031,7 @@ def load_trained_state(model, state):
     if first + "weight" in state:                    # full-rank MLFS: all of W is in there
         model.add_stage(None)
     while (A_s := state.get(f"{first}A.{model.num_stages}")) is not None:
-        model.add_stage(A_s.size(-1) if A_s.dim() else 0)
+        model.add_stage(A_s.shape[-1:].numel())
     own = model.trained_state()
     for name in sorted({*own, *state}):
         if name not in state or name not in own or own[name].shape != state[name].shape:

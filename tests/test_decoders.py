@@ -372,7 +372,7 @@ def test_a_tied_pair_may_be_stored_under_either_name(layout, tmp_path):
 def test_a_missing_shard_and_an_index_that_leaves_its_folder_are_refused(tmp_path):
     folder = copied(tmp_path, "llama-mqa")
     (folder / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(ValueError, match="00002-of-00002.safetensors.*its index names it"):
+    with pytest.raises(ValueError, match="00002-of-00002.safetensors is not there, but"):
         load_pretrained(folder)
     index = folder / "model.safetensors.index.json"
     for weight_map in ({"a": "../x.safetensors"}, {"a": "x.bin"}, {"a": 1}, [], None):
