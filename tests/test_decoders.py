@@ -323,7 +323,7 @@ def copied(tmp_path, layout: str, edit=None, **config) -> Path:
 @pytest.mark.parametrize(
     "layout, edit, config, words",
     [
-        ("gpt-bigcode", None, {"n_head": 8}, r"c_attn.* has 24 rows; config.json asks for 20"),
+        ("gpt-bigcode", None, {"n_head": 8}, r"c_attn.* is \(24,\); config.json asks for 20 rows"),
         ("gpt-bigcode", None, {"multi_query": False}, "multi_query False is not supported"),
         ("gpt-bigcode", None, {"n_embd": 0}, "n_embd must be a positive whole number"),
         ("gpt-bigcode", None, {"n_embd": None}, "n_embd must be a positive whole number"),
