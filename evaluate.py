@@ -527,7 +527,7 @@ def export_onnx(small, path):
         warnings.simplefilter("ignore")                              # torch's, on its own workings
         torch.onnx.export(model, tuple(example.values()), path, input_names=list(example),
                           output_names=["logits"], dynamic_shapes=dict.fromkeys(example, axes),
-                          dynamo=True, external_data=large)
+                          dynamo=True, verbose=False, external_data=large)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     x = onnx_inputs(small, 3, min(128, room))        # of another shape than it was traced with
     z = session.run(None, {name: part.numpy() for name, part in x.items()})[0]
@@ -1549,7 +1549,8 @@ def print_predictions(args, run):
 def print_choice(rows, budget, metric, where):
     """The best and the next best within the budget; exit code 3 if there is none."""
     def costs(row):
-        return ", ".join(f"{row[key]:,.10g} {unit}" for key, unit in BUDGETS.values() if key in row)
+        return ", ".join(f"{round(row[key], 2):,.10g} {unit}" for key, unit in BUDGETS.values()
+                         if key in row)
 
     chosen = choose(rows, budget, metric)
     if not chosen:
@@ -1558,7 +1559,7 @@ def print_choice(rows, budget, metric, where):
         print(f"error: no subnet fits within {costs(budget)}; the smallest, {least['name']}, has "
               f"{has}", file=sys.stderr)
         return 3
-    print(f"Within {costs(budget)}, the best first:")
+    print(f"Within {costs(budget)}, best first:")
     for row in chosen[:2]:
         print(f"{row['name']} ({quality(row, metric)}): {costs(row)}")
     print(where)

@@ -134,7 +134,7 @@ def depth_order(layers):
     A Φ of n layers keeps the first n, sorted; that tuple is its g_j (4 of 6: 0, 2, 3, 5). The last,
     the first, then each time the middle of the widest gap: each Φ is spread over the whole depth
     and has all layers of every shorter one. Cut out of a fine-tuned MiniLM, layers 0, 3, 5 score
-    77.1 on SST-2, 1, 3, 5 score 72.4, no three without the last above 48.0 (.github/results).
+    77.1 on SST-2; 1, 3, 5 score 72.4; no three without the last exceed 48.0 (.github/results).
     """
     order = list(dict.fromkeys((layers[-1], layers[0])))
     while len(order) < len(layers):
@@ -159,10 +159,10 @@ def configuration_space(maxnet, widths=(1, 0.75, 0.5), depths=(1, 0.75, 0.5), hi
                         head_group=1, order=depth_order):
     """𝒜 (Sec. 4), all combinations: the first is the maxnet Φ_1, the last the minnet Φ_min.
 
-    widths are shares of the heads (whole groups of head_group) and of the FFN's neurons, depths of
-    the layers (halves round down), taken in the order that `order` gives, hidden of the embedding
-    dimension. A share of 1 is always in. ValueError for a share that this model cannot take, and
-    for two that get one name.
+    widths are shares of the heads (whole groups of head_group) and of the FFN's neurons. depths are
+    shares of the layers, taken in the order that `order` gives; halves round down. hidden are
+    shares of the embedding dimension. A share of 1 is always in. ValueError for a share that this
+    model cannot take, and for two that get one name.
     """
     def part(share, whole, what, exact=False):
         number = math.ceil(share * whole - 0.5) if 0 < share <= 1 else 0
@@ -351,7 +351,7 @@ def mlfs(model, examples, space, hp, state=None):
     An encoder's head is trained with them from stage 0 on (ours). `state` is kept up to date.
     ValueError when a loss or gradient is not finite, before it reaches any weight.
 
-    The toy's first iteration of stage 2, γ = 1:   Φ_j       n_j  (n_1/n_j)^γ  loss_j
+    The toy's first iteration of stage 2, γ = 1:   Φ_j         n_j  (n_1/n_j)^γ  loss_j
     (n_1: 4 layers of 3 (96 + 96) 8 entries for    w1-d4    33,792         1.00   0.157
     q, k, v and (96 + 384) 8 for the FFN;          w0.5-d2  11,520         2.93   1.778
     Eq. 6's norm is 1.27, clipped to 1)            w1-d3    25,344         1.33   1.395
@@ -720,7 +720,7 @@ class Run:
         if event.step == event.steps:
             self.bar.close()
             self.measure(f"stage {event.stage}" if event.stage else "sliced teacher")
-            print(evaluate.final_table(self.palette, self.task.metrics[0], 2), flush=True)
+            print(evaluate.final_table(self.palette, self.task.metrics[0], 2))
             evaluate.save_adapters(self.folder, self.model, self.settings)
         evaluate.save_state(self.folder, self.model, state)
         self.settings["peak_memory"] = evaluate.peak_memory(self.settings["device"])
@@ -950,7 +950,7 @@ def closing(run):
             f"Trained in {sum(s['seconds']):.0f} s, {s['peak_memory'] / 2**30:.1f} GiB. "
             f"{run.folder}/adapters.safetensors ({stored:.1f} MB) and the base model make all "
             f"{len(run.space)} subnets.\n"
-            f"Ship the smallest within one standard error of the best that fits: {choices}.")
+            f"Ship the smallest within one standard error of the best: {choices}.")
 
 
 def parse_arguments(argv):

@@ -575,7 +575,7 @@ def test_a_decoder_is_chosen_exported_and_completes_a_text(run, capsys):
     lowest = min(rows, key=lambda row: row["score"])
     assert best["score"] <= lowest["score"] + lowest["stderr"]
     out = capsys.readouterr().out
-    assert "Within 1,000,000,000 parameters, 1,000,000,000 ms, the best first:" in out
+    assert "Within 1,000,000,000 parameters, 1,000,000,000 ms, best first:" in out
     assert f"\n{best['name']} ({best['score']:.3f} ± " in out and " ms\n" in out
     assert evaluate.main([str(folder), "--export", "w0.5-d2", "out"]) == 0
     assert "The transformers library can load it." in capsys.readouterr().out

@@ -163,6 +163,7 @@ EXPECTED = (
         (["--widths", "1,.3"], "a share of 0.3 is not possible"),
         (["--widths", "1e999999999"], "a share of inf is not possible"),
         (["--data-dir", "."], "the toy's sentences are generated; name the --task"),
+        (["--resume", "--overwrite"], "--overwrite: not allowed with argument --resume"),
         (["--model", "nowhere"], "nowhere"),
         (["--task", "sst2", "--model", "nowhere"], "--model: there is no nowhere/config.json"),
         (
