@@ -1,11 +1,12 @@
-"""What MLFS learns from: GLUE, Python code, the built-in toy; tokens, batches, downloads.
+"""What MLFS learns from: GLUE, files of your own, Python code, the built-in toy; tokens, batches.
 
-A task is a row of a table, not a class. Files are GLUE's own TSV: a tab separates, and quotes mean
-nothing. A byte-order mark and Windows line ends are accepted, in tokenizers and JSON lines, too.
-An empty sentence is an example like any other: [CLS] [SEP].
+A task is a row of a table, not a class. In a .tsv, as GLUE has them, quotes mean nothing; a .csv
+has quotes; a .jsonl has an object a line. A .gz of these is read, too. A byte-order mark and
+Windows line ends are accepted. An empty sentence is an example like any other: [CLS] [SEP].
 
 The way of an example: a line of a file, `Rows` (text), `Examples` (token ids), a padded batch.
 """
+import csv
 import gzip
 import hashlib
 import json
@@ -16,7 +17,7 @@ import socket
 import sysconfig
 import tempfile
 import zipfile
-from codecs import BOM_UTF8
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,20 +33,22 @@ DOWNLOADS = Path(__file__).parent / "weights"        # checkpoints and data sets
 # -------------------------------------------------------------------------------- the task table
 
 class Task(NamedTuple):
-    """A row of the table. Columns are header names, or numbers where the file has no header."""
+    """A row of the table."""
     folder: str
     archive: str                                     # at GLUE_URL; "" where GLUE has none
-    dev: tuple[str, ...]                             # MNLI has two: matched and mismatched
-    sentences: tuple[str | int, ...]                 # one column, or two for a pair
-    label: str | int
-    labels: tuple[str, ...]                          # () is regression
-    metrics: tuple[str, ...]                         # first: the score; f1, matthews: two classes
+    dev: tuple[str, ...]                             # MNLI has two; none: 1 in 10 of train
+    sentences: tuple[str, ...]                       # one column, or two for a pair
+    label: str                                       # another column
+    labels: tuple[str, ...]                          # the classes' names; () is regression
+    metrics: tuple[str, ...]                         # the first is the score
+    train: str = "train.tsv"
+    header: tuple[str, ...] = ()                     # the columns, where the files do not say
 
     @property
     def files(self):
         """Split -> the name of its file."""
         splits = ("train", "dev", "dev_mismatched")
-        return dict(zip(splits, ("train.tsv", *self.dev)))
+        return dict(zip(splits, (self.train, *self.dev)))
 
 
 DEV = ("dev.tsv",)
@@ -57,7 +60,8 @@ ENTAILMENT = ("entailment", "not_entailment")
 ACC = ("accuracy",)
 ACC_F1 = ("accuracy", "f1")
 GLUE = {
-    "cola": Task("CoLA", "CoLA.zip", DEV, (3,), 1, ("0", "1"), ("matthews",)),
+    "cola": Task("CoLA", "CoLA.zip", DEV, ("sentence",), "label", ("0", "1"), ("matthews",),
+                 header=("source", "label", "mark", "sentence")),
     "sst2": Task("SST-2", "SST-2.zip", DEV, ("sentence",), "label", MOOD, ACC),
     "mrpc": Task("MRPC", "mrpc_dev_ids.tsv", DEV, ("#1 String", "#2 String"), "Quality", DUPLICATE,
                  ACC_F1),
@@ -77,7 +81,7 @@ TASKS = GLUE | {
 }
 
 
-# --------------------------------------------------------------------------------- readers: GLUE
+# ------------------------------------------------------------------------------- readers: tables
 
 class Rows(NamedTuple):
     """A split as text: one or two sentences each; class numbers (int64) or scores (float32).
@@ -89,80 +93,220 @@ class Rows(NamedTuple):
     skipped: dict[str, int] = {}
 
 
-def load_task(task, folder, train=True):
-    """The labelled splits: train (if wanted), dev and, for MNLI, dev_mismatched.
+def load_task(row, folder, train=True):
+    """The labelled splits of a Task: train (if wanted), dev and, for MNLI, dev_mismatched.
 
     GLUE's test.tsv is never read: its labels are not public.
     """
-    splits = [split for split in TASKS[task].files if train or split != "train"]
-    if task in GLUE:
-        return {split: load_glue(task, split, folder) for split in splits}
-    rows = load_toy() if task == "toy" else load_code(folder)
-    return {split: rows[split] for split in splits}
+    if "loss" in row.metrics:
+        rows = load_code(folder)
+    elif not row.sentences:
+        rows = load_toy()
+    elif not row.dev:
+        whole = load_table(row, "train", folder)
+        held_out, rest = one_in(10, whole.texts, Path(folder, row.train))
+        rows = {"train": take(whole, rest), "dev": take(whole, held_out)}
+    else:
+        rows = {split: load_table(row, split, folder) for split in row.files
+                if train or split != "train"}
+    if not train:
+        rows.pop("train", None)
+    return rows
 
 
 def load_glue(task, split, folder):
-    """Split "train", "dev" or (MNLI) "dev_mismatched" of `folder`/TASK/*.tsv.
+    """Split "train", "dev" or (MNLI) "dev_mismatched" of `folder`/TASK/*.tsv: `load_table`."""
+    return load_table(GLUE[task], split, folder)
 
-    Labels may be words, or their numbers from 0. Raises FileNotFoundError, or ValueError naming
-    file and line.
+
+def load_table(row, split, folder):
+    """Rows of a split's file; those without a label are skipped and counted.
+
+    GLUE's labels may be words, or their numbers from 0. Raises FileNotFoundError, or ValueError
+    naming file and line.
     """
-    row = GLUE[task]
-    path = Path(folder) / row.folder / row.files[split]
+    name = Path(row.folder, row.files[split])
+    path = Path(folder, name)
     if not path.exists():
-        raise FileNotFoundError(f"{task}: there is no {path}; name the folder that holds "
-                                f"{row.folder}/ with --data-dir")
-    # Not splitlines(): a U+2028 or U+0085 within a sentence ends no line of GLUE's.
-    lines = path.read_bytes().removeprefix(BOM_UTF8).rstrip(b"\r\n").split(b"\n")
+        raise FileNotFoundError(f"there is no {path}; name the folder that holds {name} with "
+                                f"--data-dir")
     classes = class_numbers(row)
-    columns = (*row.sentences, row.label)
-    texts, labels = [], []
-    for number, line in enumerate(lines, 1):
-        try:
-            cells = line.decode().rstrip("\r").split("\t")
-            if number == 1 and isinstance(row.label, str):
-                columns = find_columns(columns, cells)
-            else:
-                text, label = read_example(cells, columns, classes)
-                texts.append(text)
-                labels.append(label)
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number}: {error}") from None
-    if not texts:
-        raise ValueError(f"{path} has no examples")
-    return Rows(texts, np.array(labels, dtype=np.int64 if classes else np.float32))
+
+    def read(*cells):
+        *sentences, word = cells
+        label = classes.get(word) if classes else read_score(word)
+        if label is None and word not in NO_LABEL:
+            expected = ", ".join(classes) or "a number"
+            raise ValueError(f"unknown label {word[:80]!r:.80}; expected {expected[:200]}")
+        return tuple(sentences), label
+
+    found = read_table(path, (*row.sentences, row.label), read, row.header)
+    labelled = [example for example in found if example[1] is not None]
+    if not labelled:
+        raise ValueError(f"{path} has no examples with a label")
+    texts, labels = zip(*labelled)
+    skipped = {"without a label": len(found) - len(texts)} if len(texts) < len(found) else {}
+    return Rows(list(texts), np.array(labels, np.int64 if classes else np.float32), skipped)
 
 
-def find_columns(names, header):
-    """The number of each column that is named; ValueError if the header lacks one."""
-    for name in names:
-        if name not in header:
-            found = str(header[:20])[:200]
-            raise ValueError(f"there is no column {name!r}; the header has {found}")
-    return tuple(header.index(name) for name in names)
+NO_LABEL = ("", "-", "-1")                           # SNLI's for no majority; GLUE's in test.tsv
+# What the datasets library calls the columns of GLUE's MRPC, QQP and MNLI.
+EXPORTED = {"#1 String": "sentence1", "#2 String": "sentence2", "Quality": "label",
+            "is_duplicate": "label", "gold_label": "label"}
+csv.field_size_limit(2 ** 31 - 1)                    # a long text is no error
+
+
+def read_table(path, columns, read, header=()):
+    """read(cells of these columns) of every row; without a header the first line is one."""
+    def rows(lines):
+        if suffix == ".csv":
+            return csv.reader(lines, strict=True)
+        return (line.rstrip("\r\n").split("\t") for line in lines)
+
+    def records(lines):
+        return json_lines(lines) if "json" in suffix else named(rows(lines), header, columns)
+
+    suffix = Path(path.name.removesuffix(".gz")).suffix
+    if suffix not in (".csv", ".tsv", ".jsonl", ".json"):
+        raise ValueError(f"{path}: convert it to .csv, .tsv or .jsonl; a .gz of these is read, too")
+    return read_file(path, records, lambda record: read(*[cell(record, c) for c in columns]))
+
+
+def read_file(path, records, read):
+    """read(record) of all that `records` makes of the lines; ValueError names file and line."""
+    number = 0
+
+    def decoded(file):
+        nonlocal number
+        for line in file:                            # a U+2028 within a sentence ends no line
+            number += 1
+            yield line.decode("utf-8-sig")
+
+    unpack = gzip.open if path.suffix == ".gz" else open
+    try:
+        with unpack(path, "rb") as file:
+            return [read(record) for record in records(decoded(file))]
+    except (ValueError, csv.Error, EOFError, OSError, zlib.error, RecursionError) as error:
+        raise ValueError(f"{path}, line {number}: {error}") from None
+
+
+def json_lines(lines):
+    return (json.loads(line) for line in lines if line.strip())
+
+
+def named(rows, header, columns):
+    """{column: cell} of each row that is not empty; the first one may be the header."""
+    for cells in rows:
+        if not any(cells):
+            continue
+        if header and len(cells) != len(header):
+            raise ValueError(f"{len(cells)} columns, not {len(header)} as in the header")
+        record = dict(zip(header or cells, cells))
+        if header:
+            yield record
+            continue
+        header = cells
+        for column in columns:
+            cell(record, column)                     # ValueError if there is none
+        if len(record) < len(header):
+            raise ValueError("the header has a name twice")
+
+
+def cell(record, column):
+    """The text in a column of a row, without blanks at its ends; ValueError if there is none."""
+    # SST-2's sentences end with a blank, of which some tokenizers would make a token.
+    if not isinstance(record, dict):
+        raise ValueError("this is no JSON object")
+    if column not in record and EXPORTED.get(column) in record:
+        column = EXPORTED[column]
+    if column not in record:
+        found = str(list(record)[:20])[:200]
+        raise ValueError(f"there is no column {column!r}; the header has {found}")
+    value = record[column]
+    if isinstance(value, (dict, list)):
+        raise ValueError(f"column {column!r} holds neither text nor a number")
+    if value is None:
+        return ""
+    text = value if isinstance(value, str) else json.dumps(value)
+    text.encode()                                    # ValueError: JSON may hold half a character
+    return text.strip()
 
 
 def class_numbers(row):
     """What a file may write for a class -> its number; {} for regression."""
     classes = {word: i for i, word in enumerate(row.labels)}
     # GLUE writes SST-2's classes as digits, RTE's as words. Where digits are the words themselves
-    # (say 1 to 5 stars), a digit is not also a number from 0.
-    if not any(word.isdigit() for word in row.labels):
+    # (say 1 to 5 stars), or the words come from the user's file, a digit is not a number from 0.
+    if row.folder and not any(word.isdigit() for word in row.labels):
         classes |= {str(i): i for i in range(len(row.labels))}
     return classes
 
 
-def read_example(cells, columns, classes):
-    """The sentences and the label of a line; ValueError says what is wrong with it."""
-    if len(cells) <= max(columns):
-        raise ValueError(f"{len(cells)} columns, at least {max(columns) + 1} are needed")
-    # SST-2's sentences end with a blank, of which some tokenizers would make a token.
-    *sentences, word = (cells[column].strip() for column in columns)
-    label = classes.get(word) if classes else read_score(word)
-    if label is None:
-        expected = ", ".join(classes) or "a number"
-        raise ValueError(f"unknown label {word[:80]!r:.80}; expected {expected}")
-    return tuple(sentences), label
+def own_task(train, dev, text, label, regression):
+    """(name, folder, Task) of files of one's own: columns by name, classes as train has them.
+
+    The classes are train's distinct labels in order, as numbers if all are numbers. Without `dev`
+    a tenth of train is held out. Raises FileNotFoundError or ValueError.
+    """
+    paths = [Path(path).absolute() for path in (train, dev) if path]
+    for path in paths:
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no file {path}")
+    folder = Path(os.path.commonpath([path.parent for path in paths]))
+    files = [str(path.relative_to(folder)) for path in paths]
+    sentences = tuple(text.split(","))
+    if len(sentences) > 2:
+        raise ValueError(f"--text {text}: name one column, or two for a pair")
+    labels = ()
+    metrics = ("pearson", "spearman")
+    if not regression:
+        labels = distinct_labels(paths[0], label)
+        metrics = ("accuracy", "macro_f1", "matthews")
+    task = Task("", "", tuple(files[1:]), sentences, label, labels, metrics, files[0])
+    return train.name.partition(".")[0], folder, task
+
+
+def distinct_labels(path, column):
+    """The classes of a file, in order; ValueError if there are fewer than two."""
+    words = set(read_table(path, (column,), str)) - set(NO_LABEL)
+    if len(words) < 2:
+        raise ValueError(f"{path}: column {column!r} has {len(words)} classes; at least 2 are "
+                         f"needed")
+    scores = {word: read_score(word) for word in words}
+    if None in scores.values():
+        return tuple(sorted(words))
+    return tuple(sorted(words, key=lambda word: (scores[word], word)))
+
+
+def one_in(parts, texts, where):
+    """The numbers of 1 in so many rows, and of the others: copies of a text on one side.
+
+    Drawn with one seed for all runs, so that two of them are measured on the same rows.
+    """
+    order = list(range(len(texts)))
+    random.Random(0).shuffle(order)
+    distinct = list(dict.fromkeys(texts[number] for number in order))
+    if len(distinct) < 2:
+        raise ValueError(f"{where} has {len(distinct)} different texts; at least 2 are needed")
+    drawn = set(distinct[:max(1, len(distinct) // parts)])
+    return ([number for number in order if texts[number] in drawn],
+            [number for number in order if texts[number] not in drawn])
+
+
+def take(rows, numbers):
+    """These of the rows."""
+    labels = None if rows.labels is None else rows.labels[numbers]
+    return Rows([rows.texts[number] for number in numbers], labels, rows.skipped)
+
+
+def fingerprint(rows):
+    """sha256 of texts and labels: tells data from other data, wherever they lie."""
+    sha = hashlib.sha256()
+    for text in rows.texts:
+        sha.update(json.dumps(text).encode())
+    if rows.labels is not None:
+        sha.update(rows.labels)
+    return sha.hexdigest()
 
 
 def read_score(text):
@@ -179,9 +323,10 @@ def read_score(text):
 def load_code(folder):
     """All Python of a folder, split by file: 1 in 20, drawn with a fixed seed, is for validation.
 
-    Reads *.py, and *.jsonl or *.jsonl.gz with a "content" field (the layout of the-stack), in all
-    sub-folders but site-packages. Text that is not UTF-8, is empty or looks generated is skipped
-    and counted. Raises FileNotFoundError or ValueError if fewer than two files remain.
+    Reads *.py, and *.jsonl, *.jsonl.gz or *.json.gz with a "content" field (the layout of
+    the-stack), in all sub-folders but site-packages. Text that is not UTF-8, is empty or looks
+    generated is skipped and counted. Raises FileNotFoundError or ValueError if fewer than two
+    files remain.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -197,33 +342,26 @@ def load_code(folder):
                 skipped[reason] += 1
             else:
                 texts.append((content.decode(),))
-    if len(texts) < 2:
-        raise ValueError(f"{folder} has {len(texts)} usable Python files; at least 2 are needed "
-                         f"(skipped: {skipped})")
-    # One seed for all runs, so that two of them are measured on the same files. Whole files, for
-    # two windows of one file share names and lines.
-    random.Random(0).shuffle(texts)
-    dev = max(1, len(texts) // 20)
-    return {"train": Rows(texts[dev:], None, skipped), "dev": Rows(texts[:dev], None)}
+    # Whole files, for two windows of one file share names and lines.
+    dev, train = one_in(20, texts, f"{folder} (skipped: {skipped})")
+    rows = Rows(texts, None, skipped)
+    return {"train": take(rows, train), "dev": take(rows, dev)}
 
 
 def sources(path):
     """The file itself, or the "content" of each line; ValueError names file and line."""
     if path.suffix == ".py":
         yield path.read_bytes()
-    elif path.name.endswith((".jsonl", ".jsonl.gz")):
-        unpack = gzip.open if path.suffix == ".gz" else open
-        done = 0
-        try:
-            with unpack(path, "rb") as file:
-                for line in file:
-                    content = json.loads(line)["content"] if line.strip() else ""
-                    # JSON may hold half a character (a lone surrogate): it is counted as not UTF-8.
-                    yield content.encode("utf-8", errors="surrogatepass")
-                    done += 1
-        except Exception as error:                   # gzip, JSON, UTF-8 and str have their own
-            raise ValueError(f"{path}, after line {done}: not JSON lines with a \"content\" field "
-                             f"({error})") from None
+    elif path.name.endswith((".jsonl", ".jsonl.gz", ".json.gz")):    # the last are codeparrot's
+        yield from read_file(path, json_lines, content)
+
+
+def content(record):
+    """The bytes in the "content" field of a JSON line."""
+    text = record.get("content") if isinstance(record, dict) else None
+    if not isinstance(text, str):
+        raise ValueError('there is no "content" field with text')
+    return text.encode("utf-8", "surrogatepass")     # half a character counts as not UTF-8
 
 
 def why_not(content):
@@ -511,14 +649,11 @@ def find_inputs(task, model, data_dir):
     """
     if task not in TASKS:
         raise ValueError(f"unknown task {task!r}; choose from {', '.join(TASKS)}")
-    if model and not (model / "config.json").exists():
-        raise FileNotFoundError(f"--model: there is no {model / 'config.json'}; weights/README.md "
-                                f"tells how to get a checkpoint")
     if task == "toy" and data_dir:
         raise ValueError(f"--data-dir {data_dir}: the toy's sentences are generated; name the "
                          f"--task that these data are of")
     try:
-        return task, model or find_model(task), data_dir or find_data(task), ""
+        return task, find_model(task, model), data_dir or find_data(task), ""
     except FileNotFoundError as error:
         # The toy stands in only for BERT-base on GLUE, and only if the user named neither.
         if model or data_dir or not TASKS[task].archive:
@@ -531,8 +666,13 @@ def find_inputs(task, model, data_dir):
     return "toy", find_model("toy"), find_data("toy"), note
 
 
-def find_model(task):
-    """The folder of the checkpoint that a task starts from by default."""
+def find_model(task, model=None):
+    """The folder of the checkpoint that is named, or that a task starts from by default."""
+    if model:
+        if not (model / "config.json").exists():
+            raise FileNotFoundError(f"--model: there is no {model / 'config.json'}; "
+                                    f"weights/README.md tells how to get a checkpoint")
+        return model
     if task == "toy":
         return DOWNLOADS / "toy"                     # comes with the repository
     if task == "python":

@@ -50,7 +50,6 @@ Exit codes: 0 done; 2 bad input; 3 no subnet fits the budget; 130 stopped.
 import ctypes
 import fcntl
 import glob
-import gzip
 import hashlib
 import importlib
 import inspect
@@ -70,7 +69,6 @@ import sys
 import tempfile
 import time
 import warnings
-import zlib
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -114,20 +112,34 @@ def accuracy(predictions, labels):
 
 
 def f1(predictions, labels):
-    """Harmonic mean of precision and recall of class 1; 0 when there is no true positive."""
-    hits = ((predictions == 1) & (labels == 1)).sum()
-    return float(2 * hits / max((predictions == 1).sum() + (labels == 1).sum(), 1))
+    """F1 of class 1, as GLUE has it; of more than two classes, macro F1."""
+    if max(predictions.max(), labels.max()) > 1:
+        return macro_f1(predictions, labels)
+    return f1_of(1, predictions, labels)
+
+
+def macro_f1(predictions, labels):
+    """The mean of all classes' F1."""
+    classes = np.union1d(predictions, labels)
+    return float(np.mean([f1_of(c, predictions, labels) for c in classes]))
+
+
+def f1_of(c, predictions, labels):
+    """Harmonic mean of a class's precision and recall; 0 when there is no true positive."""
+    hits = ((predictions == c) & (labels == c)).sum()
+    return float(2 * hits / max((predictions == c).sum() + (labels == c).sum(), 1))
 
 
 def matthews(predictions, labels):
-    """Matthews correlation of two binary vectors; 0 when either is constant."""
-    return pearson(predictions, labels)              # the same thing for vectors of 0 and 1
+    """Matthews correlation of any number of classes (Gorodkin, 2004); 0 when either is constant."""
+    classes = np.union1d(predictions, labels)
+    return pearson(predictions[:, None] == classes, labels[:, None] == classes)
 
 
 def pearson(predictions, labels):
-    """Linear correlation; 0 when either vector is constant."""
-    x = predictions - np.mean(predictions, dtype=np.float64)
-    y = labels - np.mean(labels, dtype=np.float64)
+    """Linear correlation; 0 when either is constant. Of two matrices, that of all columns."""
+    x = predictions - np.mean(predictions, axis=0, dtype=np.float64)
+    y = labels - np.mean(labels, axis=0, dtype=np.float64)
     norm = np.sqrt((x * x).sum() * (y * y).sum())
     return float((x * y).sum() / norm) if norm > 0 else 0.0
 
@@ -140,7 +152,22 @@ def spearman(predictions, labels):
     return pearson(ranks(predictions), ranks(labels))
 
 
-METRICS: dict[str, Callable] = {f.__name__: f for f in (accuracy, f1, matthews, pearson, spearman)}
+OF_CLASSES = {"accuracy": accuracy, "f1": f1, "macro_f1": macro_f1, "matthews": matthews}
+OF_SCORES = {"pearson": pearson, "spearman": spearman}
+METRICS: dict[str, Callable] = OF_CLASSES | OF_SCORES
+
+
+def rank_metrics(row, first=None):
+    """The task with this metric as its score; ValueError for one that does not suit its labels."""
+    fitting = OF_CLASSES if row.labels else OF_SCORES
+    if "loss" in row.metrics:
+        fitting = ("loss",)
+    metrics = dict.fromkeys([first or row.metrics[0], *row.metrics])
+    for name in metrics:
+        if name not in fitting:
+            raise ValueError(f"no metric {name!r} suits this task; choose from "
+                             f"{', '.join(fitting)}")
+    return row._replace(labels=tuple(row.labels), metrics=tuple(metrics))
 
 
 def show(metric, value):
@@ -376,9 +403,14 @@ def final_table(rows, metric, last=0):
     return table([row | row.get("history", {}) for row in rows], keys, metric)
 
 
-def title(task, metric, examples):
+def title(run, metric):
+    """What a palette shows. Of classes the share of the most frequent one, which is what a model
+    scores that has learned nothing."""
     unit = "in nats per token, lower is better" if metric == "loss" else "in points"
-    return f"{task}, {metric} on dev ({examples:,} examples), {unit}"
+    examples = f"{run['data']['dev']:,} examples"
+    if "largest_class" in run["data"]:
+        examples += f", {show('accuracy', run['data']['largest_class'])}% of them of one class"
+    return f"{run['task']}, {metric} on dev ({examples}), {unit}"
 
 
 # ------------------------------------------------------------------------------------- pictures
@@ -555,7 +587,7 @@ tags: [mlfs]
 {run['base']['sha256']}), rank {hp['rank']}, seed {hp['seed']}.
 Layers kept, from 0: {row['layers']}. Weights in {dtype}. {form}
 
-{title(run['task'], metric, run['data']['dev'])}:
+{title(run, metric)}:
 
 {table(rows, COLUMNS, metric)}
 
@@ -999,17 +1031,12 @@ def read_lines(path, form):
     """A row for each line of *.jsonl or *.jsonl.gz; ValueError names file, line and missing key."""
     if not path.exists():
         raise FileNotFoundError(f"there is no {path}")
-    unpack = gzip.open if path.suffix == ".gz" else open
-    rows = []
-    try:
-        with unpack(path, "rt", encoding="utf-8-sig") as file:       # a byte-order mark is no text
-            for line in file:
-                row = json.loads(line)
-                check_form(row, form)
-                rows.append(row)
-    except (EOFError, zlib.error, gzip.BadGzipFile, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}, line {len(rows) + 1}: {error}") from None
-    return rows
+
+    def read(row):
+        check_form(row, form)
+        return row
+
+    return data.read_file(path, data.json_lines, read)
 
 
 def write_json(path, content):
@@ -1028,7 +1055,7 @@ def take_folder(folder, settings, resume, overwrite):
         old = read_json(folder / "run.json")
         check_settings(folder, old, settings)
         lock(folder)
-        return old
+        return old | {key: settings[key] for key in ("row", "base", "data")}    # where they are now
     if folder.exists() and any(folder.iterdir()) and not overwrite:
         raise FileExistsError(f"{folder} exists already; go on with --resume, replace it with "
                               f"--overwrite, or choose another --out")
@@ -1042,16 +1069,17 @@ def take_folder(folder, settings, resume, overwrite):
 
 def check_settings(folder, old, settings):
     """ValueError unless a resumed run has the settings that it was started with."""
-    for key in ("task", "base", "data", "hyper_parameters", "device", "dtype"):
+    places = ("folder", "from_run", "train", "dev")                  # contents decide, not paths
+    for key in ("task", "row", "base", "data", "hyper_parameters", "device", "dtype"):
         new = json.loads(json.dumps(settings[key]))                  # tuples become lists
-        if old.get(key) == new:
-            continue
-        differing = short(new)
+        differing = "" if old.get(key) == new else short(new)
         if isinstance(new, dict) and isinstance(old.get(key), dict):
-            fields = [field for field in new if old[key].get(field) != new[field]]
+            fields = [field for field in new
+                      if field not in places and old[key].get(field) != new[field]]
             differing = ", ".join(fields[:5])
-        raise ValueError(f"{folder} was started with another {key} ({differing}); --resume needs "
-                         f"the command it was started with")
+        if differing:
+            raise ValueError(f"{folder} was started with another {key} ({differing}); --resume "
+                             f"needs the command it was started with")
 
 
 def lock(folder):
@@ -1172,12 +1200,12 @@ def cut_log(path, resume):
 
 def write_palette(folder, settings, task, rows, measured):
     """palette.json and palette.md, each replaced as a whole; measured: of which adapters, how."""
-    name = settings["task"]
     note = settings["note"]
     metric = task.metrics[0]
-    content = {"task": name, "metric": metric, "note": note, "measured": measured, "subnets": rows}
+    content = {"task": settings["task"], "metric": metric, "note": note, "measured": measured,
+               "subnets": rows}
     text = f"**{note}**\n\n" if note else ""
-    text += f"{title(name, metric, settings['data']['dev'])}\n\n{final_table(rows, metric)}\n"
+    text += f"{title(settings, metric)}\n\n{final_table(rows, metric)}\n"
     if "length" in measured:
         text += f"\n{table(rows, COLUMNS, metric)}\n\n{conditions(measured)}\n"
     write_json(folder / "palette.json", content)
@@ -1229,9 +1257,11 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+ROW = {name: str if kind is str else [str] for name, kind in data.Task.__annotations__.items()}
 RUN = {                                              # what is read of run.json
-    "task": str, "note": str, "base": {"folder": str, "sha256": str}, "space": [SIZES],
-    "data": {"folder": str, "dev": int},
+    "task": str, "row": ROW, "note": str, "space": [SIZES],
+    "base": {"folder": str, "from_run": str, "sha256": str},
+    "data": {"folder": str, "from_run": str, "dev": int, "sha256": {str: str}},
     "hyper_parameters": {"init": str, "seed": int, "rank": int, "max_length": int,
                          "dev_examples": int},
 }
@@ -1243,9 +1273,31 @@ def read_run(folder):
     run = read_json(path)
     with naming(f"{path} is not one of ours, or was edited"):
         check_form(run, RUN)
-        if run["task"] not in data.TASKS:
-            raise ValueError(f"there is no task {short(run['task'])}")
+        rank_metrics(task_of(run))
     return run, [subnet(row) for row in run["space"]]
+
+
+def task_of(run):
+    """The task as it was when the run began: the order of its classes is what the model knows."""
+    return data.Task(*[run["row"][name] for name in data.Task._fields])
+
+
+def in_order(row, folder):
+    """A task whose classes have the order that the run in the folder knows them by."""
+    old = task_of(read_run(folder)[0]).labels
+    return row._replace(labels=tuple(old)) if set(old) == set(row.labels) else row
+
+
+def located(path, run_folder):
+    """Where a run's base or data lie: the path, and the same as seen from the run folder."""
+    path = path.resolve()
+    return {"folder": str(path), "from_run": os.path.relpath(path, run_folder.resolve())}
+
+
+def find_again(place, run_folder):
+    """Where that is now: where it was, or as far from the run folder, if both were moved."""
+    moved = Path(run_folder, place["from_run"])
+    return moved if moved.exists() and not Path(place["folder"]).exists() else Path(place["folder"])
 
 
 def load_run(folder, device="cpu", dtype=torch.float32, base=None):
@@ -1255,7 +1307,7 @@ def load_run(folder, device="cpu", dtype=torch.float32, base=None):
     naming what is missing, damaged, or of another base.
     """
     run, space = read_run(folder)
-    base = base or Path(run["base"]["folder"])
+    base = base or find_again(run["base"], folder)
     if not os.path.isdir(base):
         raise FileNotFoundError(f"{folder / 'run.json'}: its base checkpoint {short(str(base))} is "
                                 f"not there; name its folder with --model")
@@ -1264,7 +1316,7 @@ def load_run(folder, device="cpu", dtype=torch.float32, base=None):
     if not base_digest(base) == run["base"]["sha256"] == origin.get("base"):
         raise ValueError(f"{base} is not the checkpoint that {folder} was trained on: sha256 "
                          f"differs")
-    labels = data.TASKS[run["task"]].labels
+    labels = run["row"]["labels"]
     model = load_pretrained(base, max(1, len(labels)), dtype)
     if run["hyper_parameters"]["init"] == "random":
         initialise(model, run["hyper_parameters"]["seed"])
@@ -1438,15 +1490,14 @@ def open_run(args):
     if settings["note"]:
         print(settings["note"], file=sys.stderr)
     tokenizer = data.load_tokenizer(settings["base"]["folder"], model.config["vocab_size"])
-    return Opened(args.run, settings, data.TASKS[settings["task"]], model.extract(model.maxnet),
-                  space, subnets, tokenizer)
+    return Opened(args.run, settings, task_of(settings), model.extract(model.maxnet), space,
+                  subnets, tokenizer)
 
 
 def print_palette(args, run):
     """What is asked for, from palette.json if it has that, otherwise measured and printed first."""
     metric = run.task.metrics[0]
-    task = run.settings["task"]
-    heading = title(task, metric, run.settings["data"]["dev"])
+    heading = title(run.settings, metric)
     stored = read_palette(run.folder)
     now = {"adapters": run.settings["adapters"], "dtype": args.dtype,
            "device": device_name(args.device), "threads": torch.get_num_threads(), "batch_size": 1,
@@ -1483,15 +1534,14 @@ def measured_rows(args, run, stored, now):
     The scores of earlier moments are those of the stored palette.
     """
     hp = run.settings["hyper_parameters"]
-    place = args.data_dir or run.settings["data"]["folder"]
+    place = args.data_dir or find_again(run.settings["data"], run.folder)
     splits = {}
-    for name, texts in data.load_task(run.settings["task"], place, train=False).items():
+    for name, texts in data.load_task(run.task, place, train=False).items():
+        if data.fingerprint(texts) != run.settings["data"]["sha256"].get(name):
+            raise ValueError(f"{place}: these {len(texts.texts):,} {name} examples are not those "
+                             f"of {run.folder}; that is other data")
         examples = data.encode(run.tokenizer, texts, hp["max_length"])
         splits[name] = data.draw(examples, hp["dev_examples"])
-    found = len(splits["dev"].ids)
-    if found != run.settings["data"]["dev"]:
-        raise ValueError(f"{place} has {found:,} dev examples, not the "
-                         f"{run.settings['data']['dev']:,} of {run.folder}: that is other data")
     asked = run.subnets if args.subnets else run.space
     space = [phi for phi in run.space if phi == run.space[0] or phi in asked]
     scored = palette(run.model, space, run.task, splits)

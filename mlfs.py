@@ -815,24 +815,30 @@ def pick_dtype(hp, device):
 
 
 def shared_inputs(args):
-    """`data.find_inputs`: rank 0 downloads, the other processes find it there."""
+    """`data.find_inputs`, and the Task: rank 0 downloads, the other processes find it there."""
     rank, world = processes()
     if rank:
         dist.barrier()
-    found = data.find_inputs(args.task, args.model, args.data_dir)
+    if args.train:
+        name, folder, row = data.own_task(args.train, args.dev, args.text, args.label,
+                                          args.regression)
+        found = (name, data.find_model(name, args.model), folder, "", row)
+    else:
+        found = data.find_inputs(args.task, args.model, args.data_dir)
+        found += (data.TASKS[found[0]],)
     if world > 1 and not rank:
         dist.barrier()
     return found
 
 
-def load_model(task, folder, hp, device):
+def load_model(row, folder, hp, device):
     """The base model, ready for stage 0; ValueError if it cannot serve the task."""
     torch.manual_seed(hp.seed)
-    classes = max(1, len(data.TASKS[task].labels))
-    model = load_pretrained(folder, classes, pick_dtype(hp, device))
-    if isinstance(model, Decoder) != (task == "python"):
-        kind = "a decoder" if task == "python" else "an encoder"
-        raise ValueError(f"--task {task} needs {kind}; {folder} is a {type(model).__name__}")
+    model = load_pretrained(folder, max(1, len(row.labels)), pick_dtype(hp, device))
+    code = "loss" in row.metrics
+    if isinstance(model, Decoder) != code:
+        kind = "a decoder" if code else "an encoder"
+        raise ValueError(f"this task needs {kind}; {folder} is a {type(model).__name__}")
     if hp.init == "random":
         initialise(model, hp.seed)
     model.gradient_checkpointing = hp.checkpointing
@@ -861,25 +867,30 @@ def prepare(args, given):
     """Reads and checks all input, then takes the run folder: bad input leaves no trace."""
     HyperParameters(**given)                     # bad values are told before anything is downloaded
     evaluate.check_device(args.device)
-    name, model_folder, data_folder, note = shared_inputs(args)
+    name, model_folder, data_folder, note, row = shared_inputs(args)
+    row = evaluate.rank_metrics(row, args.metric)
     if note:                                     # the toy takes no options meant for BERT-base
         given = {key: value for key, value in given.items() if key not in MODEL_OPTIONS}
-    hp = HyperParameters(**{**TASK_SETTINGS.get(name, {}), **given})
-    model = load_model(name, model_folder, hp, args.device)
+    defaults = {} if args.train else TASK_SETTINGS.get(name, {})
+    hp = HyperParameters(**{**defaults, **given})
+    base = model_folder.resolve().name
+    folder = args.out or Path("runs", "toy" if name == base == "toy" else f"{name}-{base}")
+    if args.resume:
+        row = evaluate.in_order(row, folder)
+    model = load_model(row, model_folder, hp, args.device)
     hp = fit_settings(hp, given, model, model_folder)
     space = choose_space(hp, given, model, model_folder)
     tokenizer = data.load_tokenizer(model_folder, model.config["vocab_size"])
-    rows = data.load_task(name, data_folder)
+    rows = data.load_task(row, data_folder)
     splits = {split: data.encode(tokenizer, part, hp.max_length) for split, part in rows.items()}
     train, held_out = data.hold_out(splits.pop("train"), hp.seed, hp.train_examples)
     splits = {split: data.draw(part, hp.dev_examples) for split, part in splits.items()}
-    counts = {split: len(part.ids) for split, part in splits.items()}
     settings = {
-        "task": name, "note": note,
-        "base": {"folder": str(model_folder.resolve()),
-                 "sha256": evaluate.base_digest(model_folder)},
-        "data": {"folder": str(data_folder.resolve()), "skipped": rows["train"].skipped,
-                 "train": len(train.ids), "held_out": len(held_out.ids)} | counts,
+        "task": name, "row": row._asdict(), "note": note,
+        "base": evaluate.located(model_folder, folder)
+        | {"sha256": evaluate.base_digest(model_folder)},
+        "data": evaluate.located(data_folder, folder)
+        | describe_data(rows, train, held_out, splits),
         "hyper_parameters": dataclasses.asdict(hp),
         "space": [evaluate.describe(model, phi) for phi in space],
         "device": args.device, "dtype": str(pick_dtype(hp, args.device)).removeprefix("torch."),
@@ -888,10 +899,20 @@ def prepare(args, given):
         "python": platform.python_version(), "torch": torch.__version__,
         "seconds": [0.0] * 3, "start_scores": [0.0] * 3, "peak_memory": 0, "command": args.command,
     }
-    base = model_folder.resolve().name
-    folder = args.out or Path("runs", "toy" if name == base == "toy" else f"{name}-{base}")
-    run = Run(folder, settings, hp, data.TASKS[name], model, space, train, held_out, splits, [])
+    run = Run(folder, settings, hp, row, model, space, train, held_out, splits, [])
     return run, claim_folder(run, args)
+
+
+def describe_data(rows, train, held_out, splits):
+    """For run.json: how many examples, how many were skipped, and what tells them from others."""
+    found = {"skipped": {split: part.skipped for split, part in rows.items() if part.skipped},
+             "sha256": {split: data.fingerprint(part) for split, part in rows.items()},
+             "train": len(train.ids), "held_out": len(held_out.ids)}
+    found |= {split: len(part.ids) for split, part in splits.items()}
+    labels = splits["dev"].labels
+    if labels is not None and labels.dtype == np.int64:
+        found["largest_class"] = float(np.bincount(labels).max() / len(labels))
+    return found
 
 
 def claim_folder(run, args):
@@ -932,8 +953,13 @@ def main(argv=None):
 def opening(run):
     """What is about to be done, on what."""
     s = run.settings
+    found = s["data"]
+    counts = [f"{found[split]:,} {split}" for split in ("train", "held_out", *run.splits)]
+    classes = f"classes: {', '.join(run.task.labels)[:200]}\n" if run.task.labels else ""
+    skipped = f"; skipped: {found['skipped']}" if found["skipped"] else ""
     return (f"MLFS on {s['task']}: {Path(s['base']['folder']).name}, "
-            f"{s['space'][0]['parameters'] / 1e6:.1f}M parameters; data: {s['data']}\n"
+            f"{s['space'][0]['parameters'] / 1e6:.1f}M parameters\n"
+            f"data: {found['folder']}; {', '.join(counts)}{skipped}\n{classes}"
             f"𝒜: {', '.join(phi.name for phi in run.space)}\n"
             f"{s['device']}, {s['dtype']}; writes {run.folder}/")
 
@@ -945,7 +971,7 @@ def closing(run):
     stored = (run.folder / "adapters.safetensors").stat().st_size / 1e6
     choices = ", ".join(f"{row['name']} from {most / 1e6:.2f}M parameters on"
                         for most, row in evaluate.worth_shipping(run.palette, metric))
-    return (f"\n{evaluate.title(s['task'], metric, s['data']['dev'])}\n\n"
+    return (f"\n{evaluate.title(s, metric)}\n\n"
             f"{evaluate.final_table(run.palette, metric)}\n\n"
             f"Trained in {sum(s['seconds']):.0f} s, {s['peak_memory'] / 2**30:.1f} GiB. "
             f"{run.folder}/adapters.safetensors ({stored:.1f} MB) and the base model make all "
@@ -956,9 +982,17 @@ def closing(run):
 def parse_arguments(argv):
     """The run's options, and those hyper-parameters that were given."""
     parser = evaluate.Parser(__doc__, "python mlfs.py [options]")
-    parser.add_argument("--task", default="toy", help=f"{', '.join(data.TASKS)}; default toy")
+    parser.add_argument("--task", help=f"{', '.join(data.TASKS)}; default toy")
     parser.add_argument("--model", type=Path, help="checkpoint folder; default BERT-base")
     parser.add_argument("--data-dir", type=Path, help="holds SST-2/ etc.; default weights/glue")
+    own = parser.add_argument_group("a task of your own, in place of --task")
+    own.add_argument("--train", type=Path, metavar="FILE",
+                     help=".csv, .tsv (no quotes, as GLUE's) or .jsonl, or a .gz of them")
+    own.add_argument("--dev", type=Path, metavar="FILE", help="default: a tenth of --train")
+    own.add_argument("--text", metavar="COLUMN[,COLUMN]", help="one text, or a pair")
+    own.add_argument("--label", metavar="COLUMN", help="its different values are the classes")
+    own.add_argument("--regression", action="store_true", help="labels are scores, not classes")
+    parser.add_argument("--metric", help=f"the score that chooses: {', '.join(evaluate.METRICS)}")
     parser.add_argument("--out", type=Path, help="run folder; default runs/TASK-MODEL")
     either = parser.add_mutually_exclusive_group()
     either.add_argument("--resume", action="store_true", help="go on with the run in its folder")
@@ -972,8 +1006,21 @@ def parse_arguments(argv):
             groups[title] = parser.add_argument_group(title)
         add_setting(groups[title], field, help)
     args = vars(parser.parse_args(argv))
+    check_own(args)
     given = {field.name: args.pop(field.name) for field in fields if field.name in args}
     return argparse.Namespace(**args, command=["mlfs.py", *argv]), given
+
+
+def check_own(args):
+    """ValueError unless the options of a task of one's own are there together."""
+    args["task"] = args["task"] or ("" if args["train"] else "toy")
+    if args["train"]:
+        if not (args["text"] and args["label"]):
+            raise ValueError("--train FILE needs --text COLUMN and --label COLUMN, too")
+        if args["task"] or args["data_dir"]:
+            raise ValueError("--train FILE stands in place of --task and --data-dir")
+    elif any(args[name] for name in ("dev", "text", "label", "regression")):
+        raise ValueError("--dev, --text, --label and --regression go with --train FILE")
 
 
 def settings_help():

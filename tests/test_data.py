@@ -94,7 +94,7 @@ def test_mnli_has_two_dev_sets_and_digits_name_classes_too(tmp_path):
         ("dev_mismatched.tsv", "0\tmm\tb\tentailment\n"),
     ):
         write(tmp_path, f"MNLI/{name}", header + text)
-    splits = data.load_task("mnli", tmp_path)
+    splits = data.load_task(data.TASKS["mnli"], tmp_path)
     assert [splits[s].texts[0][0] for s in ("train", "dev", "dev_mismatched")] == ["a", "m", "mm"]
     assert [int(splits[s].labels[0]) for s in ("train", "dev", "dev_mismatched")] == [1, 2, 0]
 
@@ -122,14 +122,14 @@ def test_a_byte_order_mark_windows_lines_and_odd_separators_are_harmless(tmp_pat
 @pytest.mark.parametrize(
     "text, words",
     [
-        ("sentence\tlabel\ngood\t1\nno label here\n", r"dev.tsv, line 3: 1 columns, at least 2"),
+        ("sentence\tlabel\ngood\t1\nno label here\n", r"dev.tsv, line 3: 1 columns, not 2 as in"),
         (
             "sentence\tlabel\ngood\tmaybe\n",
             r"dev.tsv, line 2: unknown label 'maybe'; expected negative, positive, 0, 1",
         ),
         ("text\tlabel\ngood\t1\n", r"line 1: there is no column 'sentence'"),
         ("sentence\tlabel\n", "has no examples"),
-        ("", r"line 1: there is no column 'sentence'"),
+        ("", "has no examples"),
     ],
 )
 def test_a_bad_row_is_named_by_file_and_line(tmp_path, text, words):
@@ -261,7 +261,7 @@ def test_a_tokenizers_own_padding_is_not_used(folder):
 )
 def test_a_bad_line_of_code_is_named_by_file_and_line(tmp_path, line):
     (tmp_path / "a.jsonl").write_bytes(b'{"content": "x = 1"}\n' + line + b"\n")
-    with pytest.raises(ValueError, match=r"a.jsonl, after line 1: not JSON lines with a"):
+    with pytest.raises(ValueError, match=r"a.jsonl, line 2: "):
         data.load_code(tmp_path)
 
 

@@ -213,7 +213,7 @@ def test_other_data_than_the_runs_are_refused(copy, monkeypatch, capsys):
     monkeypatch.setattr(data, "load_toy", lambda: LOAD_TOY(train=30, dev=10))
     before = (copy / "palette.json").read_bytes()
     assert command(copy) == 2
-    assert "has 10 dev examples" in capsys.readouterr().err
+    assert "these 10 dev examples are not those of" in capsys.readouterr().err
     assert (copy / "palette.json").read_bytes() == before
 
 
@@ -601,10 +601,10 @@ def flip(folder):
         (edit("run.json", '"heads": 4', '"heads": "4"'), "was edited: there is no 'heads'"),
         (edit("run.json", '"seed": 0', '"seed": []'), "was edited: there is no 'seed'"),
         (
-            edit("run.json", '"task": "toy"', '"task": "toys"'),
-            "was edited: there is no task 'toys'",
+            edit("run.json", '"accuracy"', '"accurate"'),
+            "was edited: no metric 'accurate' suits this task; choose from accuracy, f1",
         ),
-        (edit("run.json", '"task": "toy"', '"task": "mnli"'), "do not fit this base model"),
+        (edit("run.json", '"negative"', '"none", "negative"'), "do not fit this base model"),
         (edit("run.json", '"sha256": "', '"sha256": "0'), "is not the checkpoint that"),
         (
             edit("palette.json", '"score": 0.', '"score": "9", "old": 0.'),

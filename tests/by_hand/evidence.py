@@ -66,7 +66,7 @@ def custom(source: Path, target: Path) -> None:
     """Fig. 5's custom model: cut from the reordered base, stored as a checkpoint of its own."""
     model, hp = load_pretrained(source), mlfs.HyperParameters(batch_size=4, max_length=256)
     tokenizer = data.load_tokenizer(source, model.config["vocab_size"])
-    files = data.load_task("python", data.find_inputs("python", source, None)[2])["train"]
+    files = data.load_code(data.find_inputs("python", source, None)[2])["train"]
     model.reorder(mlfs.importance(model, data.encode(tokenizer, files, hp.max_length), hp))
     space = mlfs.configuration_space(model.maxnet, [2 / 3], [1], head_group=model.head_group)
     save_pretrained(model.extract(space[-1]), target)
@@ -256,7 +256,7 @@ def gradients(name: str = "third/mlfs-seed0", batches: int = 20) -> None:
     model.num_stages = 2
     model.add_stage(hp.rank, hp.seed)
     trained = [linear.B[2] for linear in model.adapted_linears()]
-    rows = data.load_task(run["task"], Path(run["data"]["folder"]))["train"]
+    rows = data.load_task(data.TASKS[run["task"]], Path(run["data"]["folder"]))["train"]
     examples = data.encode(data.load_tokenizer(run["base"]["folder"]), rows, hp.max_length)
     drawn = np.random.default_rng(0).permutation(len(examples.ids))[:batches * hp.batch_size]
     U = mlfs.feature_projections(space[-1].layers, hp.d_low, space[0].hidden_size, hp.seed)
