@@ -6,6 +6,7 @@ An empty sentence is an example like any other: [CLS] [SEP].
 
 The way of an example: a line of a file, `Rows` (text), `Examples` (token ids), a padded batch.
 """
+import functools
 import gzip
 import hashlib
 import json
@@ -24,6 +25,7 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 from tokenizers.implementations import BertWordPieceTokenizer
+from tokenizers.processors import BertProcessing
 from torch.nn.utils.rnn import pad_sequence
 
 DOWNLOADS = Path(__file__).parent / "weights"        # checkpoints and data sets, git-ignored
@@ -264,6 +266,8 @@ class Examples(NamedTuple):
 # What a checkpoint folder may hold beside config.json and the weights.
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "tokenizer_config.json", "vocab.json",
                    "merges.txt", "special_tokens_map.json", "added_tokens.json")
+# These change no token, so a run may go on without them; an export keeps them.
+GENERATION_FILES = ("generation_config.json", "chat_template.jinja")
 
 
 def tokenizer_file(folder):
@@ -277,34 +281,101 @@ def tokenizer_file(folder):
 
 
 def load_tokenizer(folder, vocab_size=None):
-    """tokenizer.json, or uncased WordPiece from vocab.txt; a byte-order mark is no part of either.
+    """tokenizer.json, or WordPiece from vocab.txt; a byte-order mark is no part of either.
 
-    Raises FileNotFoundError, or ValueError if it is damaged or its ids exceed `vocab_size`.
+    Its `settings` are what files beside it say. Ids from `vocab_size` on are refused when a text
+    has one (`check_ids`). Raises FileNotFoundError, or ValueError if a file is damaged.
     """
     path = tokenizer_file(folder)
     try:
+        settings = read_fields(path.with_name("tokenizer_config.json"))
+        added = settings.pop("added_tokens_decoder", {})
         text = path.read_bytes().decode("utf-8-sig")
         if path.suffix == ".json":
             tokenizer = Tokenizer.from_str(text)
         else:
-            lines = text.removesuffix("\n").split("\n")
-            words = {line.rstrip(): i for i, line in enumerate(lines)}
-            tokenizer = BertWordPieceTokenizer(words, lowercase=True)._tokenizer
+            added = {word: int(i) for i, word in added.items()}
+            added |= read_fields(path.with_name("added_tokens.json"))
+            tokenizer = word_pieces(text, added, settings)
+        if tokenizer.truncation:
+            settings.setdefault("truncation_side", tokenizer.truncation["direction"])
+        tokenizer.no_truncation()                    # `sentence_tokenizer` cuts
         tokenizer.no_padding()                       # the file's own may be of any size; `pad` pads
-        # A trial, for what the vocabulary does not show: a missing unknown-token fails only here,
-        # and [CLS] and [SEP] may have ids of their own.
-        probe = tokenizer.encode("a \u2603", "a").ids
+        tokenizer.encode("a \u2603", "a")            # a missing unknown-token fails only here
+        tokenizer.settings = settings
+        tokenizer.end = read_fields(path.with_name("config.json")).get("eos_token_id")
+        tokenizer.rows = vocab_size
     except KeyboardInterrupt:
         raise
     except BaseException as error:                   # the library raises bare Exception, or panics
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{path} is not a tokenizer: {reason}") from None
-    largest = max([-1, *tokenizer.get_vocab().values(), *probe])
-    if vocab_size is not None and largest >= vocab_size:
-        raise ValueError(f"{path} has token ids up to {largest}; the model's embedding has "
-                         f"{vocab_size} rows")
     return tokenizer
 
+
+def read_fields(path):
+    """A JSON object, {} if there is no file."""
+    text = path.read_bytes() if path.exists() else "{}"
+    try:
+        return json.loads(text, object_hook=without_flags)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def without_flags(fields):
+    """The text of a special token, which may be an object with how blanks around it are read."""
+    text = fields.get("content")
+    return text if isinstance(text, str) else fields
+
+
+# Arguments of BertWordPieceTokenizer, in its order, by their names in tokenizer_config.json.
+WORD_PIECE = {"unk_token": "[UNK]", "sep_token": "[SEP]", "cls_token": "[CLS]",
+              "pad_token": "[PAD]", "mask_token": "[MASK]", "clean_text": True,
+              "tokenize_chinese_chars": True, "strip_accents": None, "do_lower_case": True}
+
+
+def word_pieces(text, added, settings):
+    """The tokenizer of a vocab.txt and of words added to it, which have their own ids."""
+    lines = text.removesuffix("\n").split("\n")
+    words = added | {line.rstrip(): i for i, line in enumerate(lines)}
+    options = [settings.get(name, usual) for name, usual in WORD_PIECE.items()]
+    tokenizer = BertWordPieceTokenizer(words, *options)._tokenizer
+    tokenizer.add_tokens(list(added))
+    return tokenizer
+
+
+@functools.lru_cache(maxsize=8)
+def sentence_tokenizer(tokenizer, max_length):
+    """A copy that frames and cuts: threads with other lengths may share the tokenizer itself."""
+    copy = Tokenizer.from_str(tokenizer.to_str())
+    settings = getattr(tokenizer, "settings", {})
+    frame(copy, settings)
+    # Cut at its end, a pair with a long first sentence would lose the second one whole.
+    copy.enable_truncation(max_length, strategy="longest_first",
+                           direction=settings.get("truncation_side", "right"))
+    return copy
+
+
+def frame(tokenizer, settings):
+    """[CLS] before a text and [SEP] after each, where tokenizer.json does not see to it.
+
+    ValueError if there are no such tokens.
+    """
+    mask = tokenizer.encode("a", "a").special_tokens_mask
+    if mask[0] and sum(mask) > 2:
+        return
+    vocab = tokenizer.get_vocab()
+    own = settings.get("cls_token"), settings.get("sep_token")
+    for cls, sep in (own, ("[CLS]", "[SEP]"), ("<s>", "</s>")):
+        if cls in vocab and sep in vocab:
+            tokenizer.post_processor = BertProcessing((sep, vocab[sep]), (cls, vocab[cls]))
+            return
+    raise ValueError("the tokenizer has no [CLS] and [SEP]; name its own as cls_token and "
+                     "sep_token in tokenizer_config.json")
+
+
+# The usual names of the end of a text.
+ENDS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<|eot_id|>", "<|im_end|>", "<eos>")
 
 # Texts to encode at once. An Encoding keeps offsets, too; those of a whole task would fill memory.
 AT_A_TIME = 1024
@@ -315,15 +386,16 @@ def encode(tokenizer, rows, max_length):
 
     Code: the files joined by the end-of-text token, cut into windows of `max_length`.
     """
-    if rows.labels is None:
-        return encode_code(tokenizer, rows, max_length)
-    return encode_sentences(tokenizer, rows, max_length)
+    kind = encode_code if rows.labels is None else encode_sentences
+    examples = kind(tokenizer, rows, max_length)
+    for ids in examples.ids:
+        check_ids(tokenizer, ids)
+    return examples
 
 
 def encode_sentences(tokenizer, rows, max_length):
     """`encode` of one or two sentences an example."""
-    # Cut at its end, a pair with a long first sentence would lose the second one whole.
-    tokenizer.enable_truncation(max_length, strategy="longest_first")
+    tokenizer = sentence_tokenizer(tokenizer, max_length)
     texts = [text if len(text) > 1 else text[0] for text in rows.texts]
     ids, segments = [], []
     for some in cut(texts, AT_A_TIME):
@@ -335,8 +407,7 @@ def encode_sentences(tokenizer, rows, max_length):
 
 def encode_code(tokenizer, rows, max_length):
     """`encode` of files: windows of one long stream, as in pre-training; nothing is cut off."""
-    tokenizer.no_truncation()
-    end = [end_of_text(tokenizer)]
+    end = end_of_text(tokenizer)[:1]
     files = []
     for some in cut([text for (text,) in rows.texts], AT_A_TIME):
         for encoding in tokenizer.encode_batch_fast(some, add_special_tokens=False):
@@ -346,13 +417,31 @@ def encode_code(tokenizer, rows, max_length):
     return Examples([window for window in windows if len(window) > 1], None, None)
 
 
+def check_ids(tokenizer, ids):
+    """ValueError for an id that has no row in the model's embedding."""
+    rows = getattr(tokenizer, "rows", None)
+    largest = int(np.max(ids))
+    if rows is not None and largest >= rows:
+        raise ValueError(f"a text has the token {tokenizer.id_to_token(largest)!r}, id {largest}; "
+                         f"the model's embedding has {rows} rows")
+
+
 def end_of_text(tokenizer):
-    """The token that ends a file; ValueError if the tokenizer has none of the usual ones."""
-    for name in ("<|endoftext|>", "</s>"):           # SantaCoder's, Llama's
-        token = tokenizer.token_to_id(name)
-        if token is not None:
-            return token
-    raise ValueError("the tokenizer has no end-of-text token (<|endoftext|> or </s>)")
+    """The ids that end a text, a file's first; ValueError if there are none.
+
+    config.json decides, then tokenizer_config.json, then the usual names.
+    """
+    vocab = tokenizer.get_vocab()
+    given = getattr(tokenizer, "end", None)
+    given = given if isinstance(given, list) else [given]
+    names = (getattr(tokenizer, "settings", {}).get("eos_token"), *ENDS)
+    usual = [vocab[name] for name in names if name in vocab][:1]
+    # config.json may hold an id of another vocabulary: GPT-2's, in smaller models.
+    ends = [i for i in given if i in vocab.values()] or usual
+    if not ends:
+        raise ValueError("the tokenizer has no end-of-text token; name it as eos_token in "
+                         "tokenizer_config.json")
+    return ends
 
 
 # --------------------------------------------------------------------------------------- batches
@@ -571,7 +660,7 @@ def download_model(name, folder):
     if has_weights(folder):
         return
     HfApi().model_info(name, timeout=3)              # a silent network is found out in seconds
-    wanted = ["config.json", "model*.safetensors*", *TOKENIZER_FILES]
+    wanted = ["config.json", "model*.safetensors*", *TOKENIZER_FILES, *GENERATION_FILES]
     snapshot_download(name, local_dir=folder, allow_patterns=wanted, etag_timeout=5)
     if not has_weights(folder):
         raise OSError(f"{name} has no model.safetensors")
