@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 from tokenizers.implementations import BertWordPieceTokenizer
 from tokenizers.processors import BertProcessing
 from torch.nn.utils.rnn import pad_sequence
@@ -290,13 +290,17 @@ def load_tokenizer(folder, vocab_size=None):
     try:
         settings = read_fields(path.with_name("tokenizer_config.json"))
         added = settings.pop("added_tokens_decoder", {})
+        for name, value in settings.items():
+            if isinstance(value, dict):              # a token, with how blanks around it are read
+                settings[name] = value.get("content", value)
         text = path.read_bytes().decode("utf-8-sig")
         if path.suffix == ".json":
             tokenizer = Tokenizer.from_str(text)
         else:
-            added = {word: int(i) for i, word in added.items()}
-            added |= read_fields(path.with_name("added_tokens.json"))
-            tokenizer = word_pieces(text, added, settings)
+            older = read_fields(path.with_name("added_tokens.json"))
+            tokens = {i: AddedToken(word) for word, i in older.items()}
+            tokens |= {int(i): AddedToken(**token) for i, token in added.items()}
+            tokenizer = word_pieces(text, tokens, settings)
         if tokenizer.truncation:
             settings.setdefault("truncation_side", tokenizer.truncation["direction"])
         tokenizer.no_truncation()                    # `sentence_tokenizer` cuts
@@ -317,15 +321,9 @@ def read_fields(path):
     """A JSON object, {} if there is no file."""
     text = path.read_bytes() if path.exists() else "{}"
     try:
-        return json.loads(text, object_hook=without_flags)
+        return json.loads(text)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-
-
-def without_flags(fields):
-    """The text of a special token, which may be an object with how blanks around it are read."""
-    text = fields.get("content")
-    return text if isinstance(text, str) else fields
 
 
 # Arguments of BertWordPieceTokenizer, in its order, by their names in tokenizer_config.json.
@@ -335,12 +333,13 @@ WORD_PIECE = {"unk_token": "[UNK]", "sep_token": "[SEP]", "cls_token": "[CLS]",
 
 
 def word_pieces(text, added, settings):
-    """The tokenizer of a vocab.txt and of words added to it, which have their own ids."""
+    """The tokenizer of a vocab.txt; added: id -> a token that the file may lack."""
     lines = text.removesuffix("\n").split("\n")
-    words = added | {line.rstrip(): i for i, line in enumerate(lines)}
+    words = {token.content: i for i, token in added.items()}
+    words |= {line.rstrip(): i for i, line in enumerate(lines)}
     options = [settings.get(name, usual) for name, usual in WORD_PIECE.items()]
     tokenizer = BertWordPieceTokenizer(words, *options)._tokenizer
-    tokenizer.add_tokens(list(added))
+    tokenizer.add_tokens(list(added.values()))
     return tokenizer
 
 

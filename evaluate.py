@@ -462,10 +462,11 @@ def export(small, folder, base, labels, card, onnx=False):
 def export_tokenizer(small, folder, tokenizer):
     """tokenizer.json as we use it, and settings by which other libraries' pipelines do the same."""
     settings = tokenizer.settings | {"model_max_length": small.max_tokens}
+    pad = 0                                          # as in `data.pad`
     if isinstance(small, Decoder):
-        pad = data.end_of_text(tokenizer)[0]
+        with suppress(ValueError):                   # some have no end of text
+            pad = data.end_of_text(tokenizer)[0]
     else:
-        pad = 0                                      # as in `data.pad`
         data.frame(tokenizer, settings)
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"      # takes tokenizer.json whole
         settings["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
