@@ -382,6 +382,7 @@ def read(path) -> dict:
 @pytest.mark.parametrize(
     "settings, words",
     [
+        (None, "[PAD] [UNK] [CLS] [SEP] [MASK]"),
         ({}, "[PAD] [UNK] [CLS] [SEP] [MASK]"),
         ({"do_lower_case": False, "model_max_length": 512}, "[PAD] [UNK] [CLS] [SEP] [MASK]"),
         ({"truncation_side": "left"}, "[PAD] [UNK] [CLS] [SEP] [MASK]"),
@@ -396,23 +397,30 @@ def test_an_exports_tokenizer_is_the_one_that_was_trained_with(tmp_path, setting
     base, out = tmp_path / "base", tmp_path / "out"
     base.mkdir()
     (base / "vocab.txt").write_text("\n".join([*words.split(), "is", "it", "no", "No", "Extra"]))
-    (base / "tokenizer_config.json").write_text(json.dumps(settings))
-    (base / "added_tokens.json").write_text('{"no it": 10}')
+    if settings is None:  # a tokenizer.json alone: of whole words, and without a frame
+        words = (base / "vocab.txt").read_text().split()
+        tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, "[UNK]"))
+        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+        tokenizer.save(str(base / "tokenizer.json"))
+    else:
+        (base / "tokenizer_config.json").write_text(json.dumps(settings))
+        (base / "added_tokens.json").write_text('{"no it": 10}')
     evaluate.export(tiny_bert(), out, base, (), "card")
     rows = data.Rows([("No it is", "no it"), ("Extra is it no no it",)], np.zeros(2, np.int64))
-    ids = data.encode(data.load_tokenizer(base), rows, 6).ids
+    ids, segments, _ = data.encode(data.load_tokenizer(base), rows, 6)
     again = data.encode(data.load_tokenizer(out), rows, 6).ids
     assert all((a == b).all() for a, b in zip(ids, again, strict=True))
     alone = Tokenizer.from_file(str(out / "tokenizer.json"))
-    alone.enable_truncation(6, direction=settings.get("truncation_side", "right"))
+    alone.enable_truncation(6, direction=(settings or {}).get("truncation_side", "right"))
     assert [alone.encode(*texts).ids for texts in rows.texts] == [row.tolist() for row in ids]
     assert read(out / "tokenizer_config.json")["model_max_length"] == 32  # the positions
     if not find_spec("transformers"):
         return
     theirs = importlib.import_module("transformers").AutoTokenizer.from_pretrained(out)
     assert theirs.model_max_length == 32 and theirs.pad_token in ("[PAD]", "<pad>")
-    found = [theirs(*texts, truncation=True, max_length=6)["input_ids"] for texts in rows.texts]
-    assert found == [row.tolist() for row in ids]
+    found = [theirs(*texts, truncation=True, max_length=6) for texts in rows.texts]
+    assert [x["input_ids"] for x in found] == [row.tolist() for row in ids]
+    assert [x["token_type_ids"] for x in found] == [row.tolist() for row in segments]
 
 
 def test_a_decoders_export_has_a_pad_token_its_chat_and_its_generation_settings(tmp_path):
