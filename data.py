@@ -305,10 +305,12 @@ def load_tokenizer(folder, vocab_size=None):
             settings.setdefault("truncation_side", tokenizer.truncation["direction"])
         tokenizer.no_truncation()                    # `sentence_tokenizer` cuts
         tokenizer.no_padding()                       # the file's own may be of any size; `pad` pads
-        tokenizer.encode("a \u2603", "a")            # a missing unknown-token fails only here
+        # A trial of a copy, which `encode` makes: a missing unknown-token fails only here.
+        Tokenizer.from_str(tokenizer.to_str()).encode("a \u2603", "a")
         tokenizer.settings = settings
         tokenizer.end = read_fields(path.with_name("config.json")).get("eos_token_id")
         tokenizer.rows = vocab_size
+        tokenizer.path = path
     except KeyboardInterrupt:
         raise
     except BaseException as error:                   # the library raises bare Exception, or panics
@@ -369,7 +371,7 @@ def frame(tokenizer, settings):
         if cls in vocab and sep in vocab:
             tokenizer.post_processor = BertProcessing((sep, vocab[sep]), (cls, vocab[cls]))
             return
-    raise ValueError("the tokenizer has no [CLS] and [SEP]; name its own as cls_token and "
+    raise ValueError("tokenizer.json has no [CLS] and [SEP]; name its own as cls_token and "
                      "sep_token in tokenizer_config.json")
 
 
@@ -421,8 +423,9 @@ def check_ids(tokenizer, ids):
     rows = getattr(tokenizer, "rows", None)
     largest = int(np.max(ids))
     if rows is not None and largest >= rows:
-        raise ValueError(f"a text has the token {tokenizer.id_to_token(largest)!r}, id {largest}; "
-                         f"the model's embedding has {rows} rows")
+        token = tokenizer.id_to_token(largest)
+        raise ValueError(f"{tokenizer.path}: a text has the token {token!r}, id {largest}; the "
+                         f"model's embedding has {rows} rows")
 
 
 def end_of_text(tokenizer):

@@ -292,7 +292,7 @@ def test_a_frame_has_the_tokens_that_there_are_or_is_missed(folder):
     word_piece(NAMED_WORDS).save(str(folder / "tokenizer.json"))
     assert tokens_of(folder, "no", "it") == "<s> no </s> it </s>"
     word_piece(["<unk>", "no"]).save(str(folder / "tokenizer.json"))
-    with pytest.raises(ValueError, match=r"no \[CLS\] and \[SEP\]; name its own as cls_token"):
+    with pytest.raises(ValueError, match=r"json has no \[CLS\] and \[SEP\]; name its own as cls"):
         tokens_of(folder, "no")
     (folder / "tokenizer_config.json").write_text('{"cls_token": "no", "sep_token": "<unk>"}')
     assert tokens_of(folder, "no") == "no no <unk>"
@@ -325,7 +325,7 @@ def test_ids_beyond_the_embedding_are_refused_where_a_text_has_one(folder):
     (folder / "vocab.txt").write_text("\n".join(WORDS) + "\n\n")
     (folder / "added_tokens.json").write_text('{"extra": 16}')
     assert tokens_of(folder, "no it", rows=15) == "[CLS] no it [SEP]"
-    words = "a text has the token 'extra', id 16; the model's embedding has 15 rows"
+    words = "vocab.txt: a text has the token 'extra', id 16; the model's embedding has 15 rows"
     with pytest.raises(ValueError, match=words):
         tokens_of(folder, "no extra", rows=15)
 
