@@ -7,6 +7,7 @@ Windows line ends are accepted. An empty sentence is an example like any other: 
 The way of an example: a line of a file, `Rows` (text), `Examples` (token ids), a padded batch.
 """
 import csv
+import functools
 import gzip
 import hashlib
 import json
@@ -23,8 +24,9 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 from tokenizers.implementations import BertWordPieceTokenizer
+from tokenizers.processors import BertProcessing
 from torch.nn.utils.rnn import pad_sequence
 
 DOWNLOADS = Path(__file__).parent / "weights"        # checkpoints and data sets, git-ignored
@@ -402,6 +404,8 @@ class Examples(NamedTuple):
 # What a checkpoint folder may hold beside config.json and the weights.
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "tokenizer_config.json", "vocab.json",
                    "merges.txt", "special_tokens_map.json", "added_tokens.json")
+# These change no token, so a run may go on without them; an export keeps them.
+GENERATION_FILES = ("generation_config.json", "chat_template.jinja")
 
 
 def tokenizer_file(folder):
@@ -415,34 +419,102 @@ def tokenizer_file(folder):
 
 
 def load_tokenizer(folder, vocab_size=None):
-    """tokenizer.json, or uncased WordPiece from vocab.txt; a byte-order mark is no part of either.
+    """tokenizer.json, or WordPiece from vocab.txt; a byte-order mark is no part of either.
 
-    Raises FileNotFoundError, or ValueError if it is damaged or its ids exceed `vocab_size`.
+    Its `settings` are what files beside it say. Ids from `vocab_size` on are refused when a text
+    has one (`check_ids`). Raises FileNotFoundError, or ValueError if a file is damaged.
     """
     path = tokenizer_file(folder)
     try:
+        settings = read_fields(path.with_name("tokenizer_config.json"))
+        added = settings.pop("added_tokens_decoder", {})
+        for name, value in settings.items():
+            if isinstance(value, dict):              # a token, with how blanks around it are read
+                settings[name] = value.get("content", value)
         text = path.read_bytes().decode("utf-8-sig")
         if path.suffix == ".json":
             tokenizer = Tokenizer.from_str(text)
         else:
-            lines = text.removesuffix("\n").split("\n")
-            words = {line.rstrip(): i for i, line in enumerate(lines)}
-            tokenizer = BertWordPieceTokenizer(words, lowercase=True)._tokenizer
+            older = read_fields(path.with_name("added_tokens.json"))
+            tokens = {i: AddedToken(word) for word, i in older.items()}
+            tokens |= {int(i): AddedToken(**token) for i, token in added.items()}
+            tokenizer = word_pieces(text, tokens, settings)
+        if tokenizer.truncation:
+            settings.setdefault("truncation_side", tokenizer.truncation["direction"])
+        tokenizer.no_truncation()                    # `sentence_tokenizer` cuts
         tokenizer.no_padding()                       # the file's own may be of any size; `pad` pads
-        # A trial, for what the vocabulary does not show: a missing unknown-token fails only here,
-        # and [CLS] and [SEP] may have ids of their own.
-        probe = tokenizer.encode("a \u2603", "a").ids
+        # A trial of a copy, which `encode` makes: a missing unknown-token fails only here.
+        Tokenizer.from_str(tokenizer.to_str()).encode("a \u2603", "a")
+        tokenizer.settings = settings
+        tokenizer.end = read_fields(path.with_name("config.json")).get("eos_token_id")
+        tokenizer.rows = vocab_size
+        tokenizer.path = path
     except KeyboardInterrupt:
         raise
     except BaseException as error:                   # the library raises bare Exception, or panics
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{path} is not a tokenizer: {reason}") from None
-    largest = max([-1, *tokenizer.get_vocab().values(), *probe])
-    if vocab_size is not None and largest >= vocab_size:
-        raise ValueError(f"{path} has token ids up to {largest}; the model's embedding has "
-                         f"{vocab_size} rows")
     return tokenizer
 
+
+def read_fields(path):
+    """A JSON object, {} if there is no file."""
+    text = path.read_bytes() if path.exists() else "{}"
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+# Arguments of BertWordPieceTokenizer, in its order, by their names in tokenizer_config.json.
+WORD_PIECE = {"unk_token": "[UNK]", "sep_token": "[SEP]", "cls_token": "[CLS]",
+              "pad_token": "[PAD]", "mask_token": "[MASK]", "clean_text": True,
+              "tokenize_chinese_chars": True, "strip_accents": None, "do_lower_case": True}
+
+
+def word_pieces(text, added, settings):
+    """The tokenizer of a vocab.txt; added: id -> a token that the file may lack."""
+    lines = text.removesuffix("\n").split("\n")
+    words = {token.content: i for i, token in added.items()}
+    words |= {line.rstrip(): i for i, line in enumerate(lines)}
+    options = [settings.get(name, usual) for name, usual in WORD_PIECE.items()]
+    tokenizer = BertWordPieceTokenizer(words, *options)._tokenizer
+    tokenizer.add_tokens(list(added.values()))
+    return tokenizer
+
+
+@functools.lru_cache(maxsize=8)
+def sentence_tokenizer(tokenizer, max_length):
+    """A copy that frames and cuts: threads with other lengths may share the tokenizer itself."""
+    copy = Tokenizer.from_str(tokenizer.to_str())
+    settings = getattr(tokenizer, "settings", {})
+    frame(copy, settings)
+    # Cut at its end, a pair with a long first sentence would lose the second one whole.
+    copy.enable_truncation(max_length, strategy="longest_first",
+                           direction=settings.get("truncation_side", "right"))
+    return copy
+
+
+def frame(tokenizer, settings):
+    """[CLS] before a text and [SEP] after each, where tokenizer.json does not see to it.
+
+    ValueError if there are no such tokens.
+    """
+    mask = tokenizer.encode("a", "a").special_tokens_mask
+    if mask[0] and sum(mask) > 2:
+        return
+    vocab = tokenizer.get_vocab()
+    own = settings.get("cls_token"), settings.get("sep_token")
+    for cls, sep in (own, ("[CLS]", "[SEP]"), ("<s>", "</s>")):
+        if cls in vocab and sep in vocab:
+            tokenizer.post_processor = BertProcessing((sep, vocab[sep]), (cls, vocab[cls]))
+            return
+    raise ValueError("tokenizer.json has no [CLS] and [SEP]; name its own as cls_token and "
+                     "sep_token in tokenizer_config.json")
+
+
+# The usual names of the end of a text.
+ENDS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<|eot_id|>", "<|im_end|>", "<eos>")
 
 # Texts to encode at once. An Encoding keeps offsets, too; those of a whole task would fill memory.
 AT_A_TIME = 1024
@@ -453,15 +525,16 @@ def encode(tokenizer, rows, max_length):
 
     Code: the files joined by the end-of-text token, cut into windows of `max_length`.
     """
-    if rows.labels is None:
-        return encode_code(tokenizer, rows, max_length)
-    return encode_sentences(tokenizer, rows, max_length)
+    kind = encode_code if rows.labels is None else encode_sentences
+    examples = kind(tokenizer, rows, max_length)
+    for ids in examples.ids:
+        check_ids(tokenizer, ids)
+    return examples
 
 
 def encode_sentences(tokenizer, rows, max_length):
     """`encode` of one or two sentences an example."""
-    # Cut at its end, a pair with a long first sentence would lose the second one whole.
-    tokenizer.enable_truncation(max_length, strategy="longest_first")
+    tokenizer = sentence_tokenizer(tokenizer, max_length)
     texts = [text if len(text) > 1 else text[0] for text in rows.texts]
     ids, segments = [], []
     for some in cut(texts, AT_A_TIME):
@@ -473,8 +546,7 @@ def encode_sentences(tokenizer, rows, max_length):
 
 def encode_code(tokenizer, rows, max_length):
     """`encode` of files: windows of one long stream, as in pre-training; nothing is cut off."""
-    tokenizer.no_truncation()
-    end = [end_of_text(tokenizer)]
+    end = end_of_text(tokenizer)[:1]
     files = []
     for some in cut([text for (text,) in rows.texts], AT_A_TIME):
         for encoding in tokenizer.encode_batch_fast(some, add_special_tokens=False):
@@ -484,13 +556,32 @@ def encode_code(tokenizer, rows, max_length):
     return Examples([window for window in windows if len(window) > 1], None, None)
 
 
+def check_ids(tokenizer, ids):
+    """ValueError for an id that has no row in the model's embedding."""
+    rows = getattr(tokenizer, "rows", None)
+    largest = int(np.max(ids))
+    if rows is not None and largest >= rows:
+        token = tokenizer.id_to_token(largest)
+        raise ValueError(f"{tokenizer.path}: a text has the token {token!r}, id {largest}; the "
+                         f"model's embedding has {rows} rows")
+
+
 def end_of_text(tokenizer):
-    """The token that ends a file; ValueError if the tokenizer has none of the usual ones."""
-    for name in ("<|endoftext|>", "</s>"):           # SantaCoder's, Llama's
-        token = tokenizer.token_to_id(name)
-        if token is not None:
-            return token
-    raise ValueError("the tokenizer has no end-of-text token (<|endoftext|> or </s>)")
+    """The ids that end a text, a file's first; ValueError if there are none.
+
+    config.json decides, then tokenizer_config.json, then the usual names.
+    """
+    vocab = tokenizer.get_vocab()
+    given = getattr(tokenizer, "end", None)
+    given = given if isinstance(given, list) else [given]
+    names = (getattr(tokenizer, "settings", {}).get("eos_token"), *ENDS)
+    usual = [vocab[name] for name in names if name in vocab][:1]
+    # config.json may hold an id of another vocabulary: GPT-2's, in smaller models.
+    ends = [i for i in given if i in vocab.values()] or usual
+    if not ends:
+        raise ValueError("the tokenizer has no end-of-text token; name it as eos_token in "
+                         "tokenizer_config.json")
+    return ends
 
 
 # --------------------------------------------------------------------------------------- batches
@@ -711,7 +802,7 @@ def download_model(name, folder):
     if has_weights(folder):
         return
     HfApi().model_info(name, timeout=3)              # a silent network is found out in seconds
-    wanted = ["config.json", "model*.safetensors*", *TOKENIZER_FILES]
+    wanted = ["config.json", "model*.safetensors*", *TOKENIZER_FILES, *GENERATION_FILES]
     snapshot_download(name, local_dir=folder, allow_patterns=wanted, etag_timeout=5)
     if not has_weights(folder):
         raise OSError(f"{name} has no model.safetensors")

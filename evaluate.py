@@ -479,19 +479,32 @@ def new_folder(folder):
 def export(small, folder, base, labels, card, onnx=False):
     """An ordinary checkpoint of a merged subnet: config.json, model.safetensors, the base's
     tokenizer, a model card and, if wanted, model.onnx.
-
-    A tokenizer of vocab.txt alone is stored as tokenizer.json as well, as we read it.
     """
     with new_folder(folder) as beside:
         save_pretrained(small, beside, labels)
-        for name in data.TOKENIZER_FILES:
+        for name in (*data.TOKENIZER_FILES, *data.GENERATION_FILES):
             if (base / name).exists():
                 shutil.copyfile(base / name, beside / name)
-        if not (base / "tokenizer.json").exists():
-            data.load_tokenizer(base).save(str(beside / "tokenizer.json"))
+        export_tokenizer(small, beside, data.load_tokenizer(base))
         (beside / "README.md").write_text(card, encoding="utf-8")
         if onnx:
             export_onnx(small, beside / "model.onnx")
+
+
+def export_tokenizer(small, folder, tokenizer):
+    """tokenizer.json as we use it, and settings by which other libraries' pipelines do the same."""
+    settings = tokenizer.settings | {"model_max_length": small.max_tokens}
+    pad = 0                                          # as in `data.pad`
+    if isinstance(small, Decoder):
+        with suppress(ValueError):                   # some have no end of text
+            pad = data.end_of_text(tokenizer)[0]
+    else:
+        data.frame(tokenizer, settings)
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"      # takes tokenizer.json whole
+        settings["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
+    settings.setdefault("pad_token", tokenizer.id_to_token(pad))     # batches need one
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
 
 
 def common_form(small, pad):
@@ -628,7 +641,7 @@ def generate(model, tokenizer, prompts, max_new_tokens=256, temperature=0.0, top
     change it, unless the longest meets the model's last position. ValueError if a prompt leaves no
     room for a token.
     """
-    end = data.end_of_text(tokenizer)
+    ends = data.end_of_text(tokenizer)
     longest_stop = max(map(len, stop), default=0)
     draws = [torch.Generator().manual_seed(seed) for seed in seeds or range(len(prompts))]
 
@@ -639,11 +652,11 @@ def generate(model, tokenizer, prompts, max_new_tokens=256, temperature=0.0, top
 
     def has_ended(new):
         tail = tokenizer.decode(new[-longest_stop:]) if stop else ""     # a letter a token at least
-        return new[-1] == end or any(word in tail for word in stop)
+        return new[-1] in ends or any(word in tail for word in stop)
 
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    encoded = [tokenizer.encode(prompt).ids or [end] for prompt in prompts]
+    encoded = [tokenizer.encode(prompt).ids or ends[:1] for prompt in prompts]
+    for ids in encoded:
+        data.check_ids(tokenizer, ids)
     new = extend(model, phi or model.maxnet, encoded, max_new_tokens, next_tokens, has_ended)
     return [continuation(tokenizer, before, after, stop)
             for before, after in zip(encoded, new)]

@@ -2,12 +2,13 @@
 
 import json
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from tokenizers.implementations import BertWordPieceTokenizer
 
 import data
@@ -209,9 +210,127 @@ def test_the_longer_sentence_of_a_pair_is_cut_first(folder):
     assert decode(encoded.ids[1]) == "[CLS] no . [SEP] is this no [SEP]"
 
 
-def test_a_tokenizer_that_does_not_fit_the_embedding_is_refused(folder):
-    with pytest.raises(ValueError, match="token ids up to 14; the model's embedding has 10 rows"):
-        data.load_tokenizer(folder, 10)
+def tokens_of(folder, *texts: str, length: int = 32, rows: int | None = None) -> str:
+    """A text, or a pair, as `encode` reads it."""
+    tokenizer = data.load_tokenizer(folder, rows)
+    encoded = data.encode(tokenizer, data.Rows([texts], np.zeros(1, np.int64)), length)
+    return " ".join(tokenizer.id_to_token(i) for i in encoded.ids[0])
+
+
+NAMED = {"cls_token": "<s>", "sep_token": {"content": "</s>", "lstrip": False}}
+NAMED |= {"unk_token": "<unk>", "pad_token": "<pad>", "mask_token": "<mask>"}
+NUMBER = {"content": "[NUM]", "special": True, "normalized": False}
+NAMED_WORDS = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", *WORDS[5:]]
+
+
+@pytest.mark.parametrize(
+    "settings, added, words, text, want",
+    [
+        ({}, {}, [], "This Caf\u00e9", "this cafe"),
+        ({"do_lower_case": False}, {}, ["This", "Caf\u00e9"], "This Caf\u00e9", "This Caf\u00e9"),
+        ({"strip_accents": False}, {}, ["caf\u00e9"], "This Caf\u00e9", "this caf\u00e9"),
+        ({}, {}, [], "\u4e2d\u6587", "\u4e2d \u6587"),
+        ({"tokenize_chinese_chars": False}, {}, [], "\u4e2d\u6587", "[UNK]"),
+        ({}, {"no it": 18}, [], "This is no it", "this is no it"),
+        ({}, {"jack-x": 18}, [], "no Jack-x jack", "no jack-x jack"),
+        ({"added_tokens_decoder": {"19": NUMBER}}, {}, [], "no [NUM] num", "no [NUM] [UNK]"),
+    ],
+)
+def test_what_lies_beside_a_vocab_txt_counts(folder, settings, added, words, text, want):
+    """The tokens are those of transformers' BertTokenizer on the same files."""
+    more = ["cafe", "\u4e2d", "\u6587"]
+    (folder / "vocab.txt").write_text("\n".join([*WORDS, *more, *words]) + "\n")
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "added_tokens.json").write_text(json.dumps(added))
+    assert tokens_of(folder, text) == f"[CLS] {want} [SEP]"
+
+
+def test_special_tokens_may_have_other_names(folder):
+    (folder / "vocab.txt").write_text("\n".join(NAMED_WORDS))
+    (folder / "tokenizer_config.json").write_text(json.dumps(NAMED))
+    assert tokens_of(folder, "no xyz", "not") == "<s> no <unk> </s> not </s>"
+    (folder / "tokenizer_config.json").write_text("[")
+    with pytest.raises(ValueError, match="not a tokenizer: .*tokenizer_config.json: Expecting"):
+        data.load_tokenizer(folder)
+
+
+def word_piece(words: list[str], processor=None) -> Tokenizer:
+    unknown = "<unk>" if "<unk>" in words else "[UNK]"
+    model = models.WordPiece({word: i for i, word in enumerate(words)}, unk_token=unknown)
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    if processor:
+        tokenizer.post_processor = processor
+    return tokenizer
+
+
+def template(single: str, pair: str) -> processors.TemplateProcessing:
+    ids = [("[CLS]", 2), ("[SEP]", 3)]
+    return processors.TemplateProcessing(single=single, pair=pair, special_tokens=ids)
+
+
+@pytest.mark.parametrize(
+    "processor",
+    [
+        None,
+        template("$A [SEP]", "$A [SEP] $B:1 [SEP]:1"),
+        template("[CLS] $A [SEP]", "[CLS] $A $B:1 [SEP]:1"),
+        template("[CLS] $A [SEP]", "$A $B:1"),
+    ],
+)
+def test_an_encoders_text_is_framed_whatever_its_file_says(folder, processor):
+    """[CLS] is what the pooler reads, and [SEP] what tells a pair apart."""
+    tokenizer = word_piece(WORDS, processor)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    rows = data.Rows([("no",), ("no it", "is")], np.zeros(2, np.int64))
+    encoded = data.encode(data.load_tokenizer(folder), rows, 32)
+    assert [decode(ids) for ids in encoded.ids] == ["[CLS] no [SEP]", "[CLS] no it [SEP] is [SEP]"]
+    assert encoded.segments[1].tolist() == [0, 0, 0, 0, 1, 1]
+
+
+def test_a_frame_has_the_tokens_that_there_are_or_is_missed(folder):
+    word_piece(NAMED_WORDS).save(str(folder / "tokenizer.json"))
+    assert tokens_of(folder, "no", "it") == "<s> no </s> it </s>"
+    word_piece(["<unk>", "no"]).save(str(folder / "tokenizer.json"))
+    with pytest.raises(ValueError, match=r"json has no \[CLS\] and \[SEP\]; name its own as cls"):
+        tokens_of(folder, "no")
+    (folder / "tokenizer_config.json").write_text('{"cls_token": "no", "sep_token": "<unk>"}')
+    assert tokens_of(folder, "no") == "no no <unk>"
+
+
+@pytest.mark.parametrize("file, settings", [("left", {}), ("right", {"truncation_side": "left"})])
+def test_a_text_loses_the_end_that_the_files_name(folder, file, settings):
+    tokenizer = data.load_tokenizer(folder)
+    tokenizer.enable_truncation(3, direction=file)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert tokens_of(folder, "is this no it", length=5) == "[CLS] this no it [SEP]"
+    assert tokens_of(folder, "is this no", "it not", length=6) == "[CLS] this no [SEP] not [SEP]"
+
+
+def test_threads_that_share_a_tokenizer_get_their_own_lengths(folder):
+    tokenizer = data.load_tokenizer(folder)
+    rows = data.Rows([("is " * 40,)], np.zeros(1, np.int64))
+
+    def lengths(length: int) -> set[int]:
+        return {len(data.encode(tokenizer, rows, length).ids[0]) for _ in range(200)}
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(lengths, range(5, 13))) == [{length} for length in range(5, 13)]
+    assert len(tokenizer.encode("is " * 40).ids) == 42
+
+
+def test_ids_beyond_the_embedding_are_refused_where_a_text_has_one(folder):
+    """A blank last line of vocab.txt, or a word added after training, is no reason to refuse."""
+    (folder / "vocab.txt").write_text("\n".join(WORDS) + "\n\n")
+    (folder / "added_tokens.json").write_text('{"extra": 16}')
+    assert tokens_of(folder, "no it", rows=15) == "[CLS] no it [SEP]"
+    words = "vocab.txt: a text has the token 'extra', id 16; the model's embedding has 15 rows"
+    with pytest.raises(ValueError, match=words):
+        tokens_of(folder, "no extra", rows=15)
+
+
+def test_a_damaged_tokenizer_is_refused(folder):
     (folder / "tokenizer.json").write_text("{")
     with pytest.raises(ValueError, match="tokenizer.json is not a tokenizer"):
         data.load_tokenizer(folder)
@@ -231,10 +350,9 @@ def test_a_byte_order_mark_and_windows_lines_are_no_part_of_a_token(folder):
 @pytest.mark.parametrize(
     "part, words",
     [
-        # [CLS] and [SEP] are added after the vocabulary is looked up
         (
             {"post_processor": {"type": "BertProcessing", "sep": ["[SEP]", 99], "cls": ["a", 2]}},
-            "token ids up to 99; the model's embedding has 15 rows",
+            "id 99; the model's embedding has 15 rows",
         ),
         # the library panics: no Exception
         ({"pre_tokenizer": {"type": "FixedLength", "length": 0}}, "is not a tokenizer: chunk size"),
@@ -245,7 +363,7 @@ def test_a_tokenizer_is_tried_before_it_is_trusted(folder, part, words):
     whole = json.loads(data.load_tokenizer(folder).to_str())
     (folder / "tokenizer.json").write_text(json.dumps(whole | part))
     with pytest.raises(ValueError, match=words):
-        data.load_tokenizer(folder, 15)
+        tokens_of(folder, "no", rows=15)
 
 
 def test_a_tokenizers_own_padding_is_not_used(folder):

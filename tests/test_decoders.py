@@ -482,13 +482,47 @@ def test_code_that_cannot_be_read_is_refused_in_one_sentence(tmp_path, name, con
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    """A token a byte, and the end of text: 257 of them."""
+    return byte_tokenizer("<|endoftext|>")
+
+
+def byte_tokenizer(*special: str) -> Tokenizer:
+    """A token a byte, 256 of them, and the special ones."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<|endoftext|>"])
+    tokenizer.add_special_tokens(list(special))
     return tokenizer
+
+
+@pytest.mark.parametrize(
+    "ends, named, want",
+    [
+        (None, None, [256]),
+        (None, "</s>", [257]),
+        (None, {"content": "<|eot_id|>", "lstrip": False}, [258]),
+        (257, "<|eot_id|>", [257]),
+        ([258, 257], "<|endoftext|>", [258, 257]),
+        (50256, "</s>", [257]),  # GPT-2's, in a config.json that outlived its vocabulary
+        (None, "<|none|>", [256]),
+    ],
+)
+def test_the_end_of_text_is_what_the_checkpoint_says(tmp_path, ends, named, want):
+    """config.json decides, then tokenizer_config.json, then the usual names; a list's first ends a
+    file, and any of it ends a generated text.
+    """
+    byte_tokenizer("<|endoftext|>", "</s>", "<|eot_id|>").save(str(tmp_path / "tokenizer.json"))
+    write(tmp_path / "config.json", json.dumps({"eos_token_id": ends}))
+    write(tmp_path / "tokenizer_config.json", json.dumps({"eos_token": named}))
+    tokenizer = data.load_tokenizer(tmp_path)
+    assert data.end_of_text(tokenizer) == want
+    (ids,) = data.encode(tokenizer, data.Rows([("a",)], None), 9).ids
+    assert ids[1:].tolist() == want[:1]
+
+
+@pytest.mark.parametrize("name", ["<|end_of_text|>", "<|eot_id|>", "<|im_end|>", "<eos>"])
+def test_the_usual_ends_of_text_need_no_settings(name):
+    assert data.end_of_text(byte_tokenizer("<unk>", name)) == [257]
 
 
 def test_windows_hold_every_token_and_labels_are_the_next_ones(tokenizer):
@@ -725,6 +759,20 @@ def test_text_ends_at_a_stop_string_at_the_end_of_text_or_with_the_positions(
     assert len(tokenizer.encode(evaluate.generate(model, tokenizer, ["x" * 30], 99)[0]).ids) <= 6
     with pytest.raises(ValueError, match="32 tokens leaves no room"):
         evaluate.generate(model, tokenizer, ["x" * 32])
+
+
+def test_generation_stops_at_any_end_of_text_and_refuses_ids_without_a_row(tmp_path, monkeypatch):
+    byte_tokenizer("<|endoftext|>", "</s>", "<|eot_id|>").save(str(tmp_path / "tokenizer.json"))
+    write(tmp_path / "config.json", json.dumps({"eos_token_id": [257, 258]}))
+    tokenizer, model = data.load_tokenizer(tmp_path, 257), tiny_gpt(vocab_size=259)
+    for end, want in (("</s>", "ab"), ("<|eot_id|>", "ab"), ("<|endoftext|>", "abcd")):
+        ids = iter(tokenizer.encode(f"ab{end}cd").ids)
+        monkeypatch.setattr(
+            GPT, "logits", lambda self, s: F.one_hot(torch.tensor([next(ids)]), 259).float()
+        )
+        assert evaluate.generate(model, tokenizer, ["p"], 5) == [want]
+    with pytest.raises(ValueError, match="token '</s>', id 257; the model's embedding has 257"):
+        evaluate.generate(model, tokenizer, ["p</s>"], 5)
 
 
 def test_a_completion_keeps_the_space_that_it_begins_with(monkeypatch):

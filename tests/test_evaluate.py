@@ -2,18 +2,21 @@
 reading a run folder back.
 """
 
+import importlib
 import json
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 import data
 import evaluate
 import mlfs
-from conftest import LOAD_TOY, load_small_toy
+from conftest import LOAD_TOY, load_small_toy, tiny_bert, tiny_llama
 from evaluate import accuracy, f1, matthews, pearson, spearman
 
 P = np.array([1, 1, 0, 1, 0, 0, 1, 0, 1, 1])
@@ -367,3 +370,72 @@ def test_a_maxnet_that_falls_is_warned_of(tmp_path, monkeypatch, capsys):
     assert mlfs.main(command) == 0
     assert "the maxnet's accuracy went from 90.0 to 60.0" in capsys.readouterr().err
     assert json.loads((tmp_path / "run" / "run.json").read_text())["start_scores"][1] == 0.9
+
+
+# ------------------------------------------------------------------- the tokenizer of an export
+
+
+def read(path) -> dict:
+    return json.loads(path.read_text())
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        (None, "[PAD] [UNK] [CLS] [SEP] [MASK]"),
+        ({}, "[PAD] [UNK] [CLS] [SEP] [MASK]"),
+        ({"do_lower_case": False, "model_max_length": 512}, "[PAD] [UNK] [CLS] [SEP] [MASK]"),
+        ({"truncation_side": "left"}, "[PAD] [UNK] [CLS] [SEP] [MASK]"),
+        (
+            {"cls_token": "<s>", "sep_token": "</s>", "unk_token": "?", "pad_token": "<pad>"},
+            "<s> <pad> </s> ? [MASK]",
+        ),
+    ],
+)
+def test_an_exports_tokenizer_is_the_one_that_was_trained_with(tmp_path, settings, words):
+    """Its tokenizer.json alone gives the ids, and so do its pipelines, by transformers' class."""
+    base, out = tmp_path / "base", tmp_path / "out"
+    base.mkdir()
+    (base / "vocab.txt").write_text("\n".join([*words.split(), "is", "it", "no", "No", "Extra"]))
+    if settings is None:  # a tokenizer.json alone: of whole words, and without a frame
+        words = (base / "vocab.txt").read_text().split()
+        tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, "[UNK]"))
+        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+        tokenizer.save(str(base / "tokenizer.json"))
+    else:
+        (base / "tokenizer_config.json").write_text(json.dumps(settings))
+        (base / "added_tokens.json").write_text('{"no it": 10}')
+    evaluate.export(tiny_bert(), out, base, (), "card")
+    rows = data.Rows([("No it is", "no it"), ("Extra is it no no it",)], np.zeros(2, np.int64))
+    ids, segments, _ = data.encode(data.load_tokenizer(base), rows, 6)
+    again = data.encode(data.load_tokenizer(out), rows, 6).ids
+    assert all((a == b).all() for a, b in zip(ids, again, strict=True))
+    alone = Tokenizer.from_file(str(out / "tokenizer.json"))
+    alone.enable_truncation(6, direction=(settings or {}).get("truncation_side", "right"))
+    assert [alone.encode(*texts).ids for texts in rows.texts] == [row.tolist() for row in ids]
+    assert read(out / "tokenizer_config.json")["model_max_length"] == 32  # the positions
+    if not find_spec("transformers"):
+        return
+    theirs = importlib.import_module("transformers").AutoTokenizer.from_pretrained(out)
+    assert theirs.model_max_length == 32 and theirs.pad_token in ("[PAD]", "<pad>")
+    found = [theirs(*texts, truncation=True, max_length=6) for texts in rows.texts]
+    assert [x["input_ids"] for x in found] == [row.tolist() for row in ids]
+    assert [x["token_type_ids"] for x in found] == [row.tolist() for row in segments]
+
+
+def test_a_decoders_export_has_a_pad_token_its_chat_and_its_generation_settings(tmp_path):
+    """Without a pad token no batch can be made of texts; without the template no chat."""
+    base, out = tmp_path / "base", tmp_path / "out"
+    base.mkdir()
+    tokenizer = Tokenizer(models.WordLevel({"a": 0, "</s>": 1, "<|eot_id|>": 2}, "a"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(base / "tokenizer.json"))
+    (base / "config.json").write_text('{"eos_token_id": [2, 1]}')
+    (base / "tokenizer_config.json").write_text('{"padding_side": "left", "eos_token": "</s>"}')
+    kept = {"chat_template.jinja": "{{ messages }}", "generation_config.json": '{"top_p": 0.9}'}
+    for name, text in kept.items():
+        (base / name).write_text(text)
+    evaluate.export(tiny_llama(), out, base, (), "card")
+    want = {"padding_side": "left", "eos_token": "</s>", "pad_token": "<|eot_id|>"}
+    assert read(out / "tokenizer_config.json") == want | {"model_max_length": 32}
+    assert {name: (out / name).read_text() for name in kept} == kept

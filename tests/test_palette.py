@@ -283,6 +283,7 @@ def test_an_exported_slice_is_a_checkpoint_with_tokenizer_labels_and_model_card(
     said = capsys.readouterr().out
     assert "cannot express 2 heads of 24 at hidden size 96" in said and "--pad-heads" in said
     names = {"config.json", "model.safetensors", "vocab.txt", "tokenizer.json", "README.md"}
+    names |= {"tokenizer_config.json"}
     assert {path.name for path in folder.iterdir()} == names
     assert all(path.stat().st_mode & 0o777 == 0o644 for path in folder.iterdir())
     config = json.loads((folder / "config.json").read_text())

@@ -25,7 +25,7 @@ def main(folder: str) -> None:
     ours = load_pretrained(folder, dtype=torch.bfloat16)
     tokenizer = data.load_tokenizer(folder)
     ids = torch.tensor([tokenizer.encode(PROMPT).ids])
-    end = data.end_of_text(tokenizer)
+    end = data.end_of_text(tokenizer)[0]
     print(f"{torch.get_num_threads()} threads, {NEW} tokens, torch {torch.__version__}")
 
     def run_theirs(batch: int) -> int:
