@@ -1045,9 +1045,10 @@ def check_correctness(problem, completion, timeout=10.0):
 
     It runs in an empty folder, under limits, and all that it started is killed in the end. Under
     root it has a user of its own. Where Linux permits, it has no network and writes nowhere else.
-    Its exits, output and tricks prove nothing: the asserts run in another process, to which only
-    what its function returns gets: numbers, strings and containers of them. (Arguments that it
-    changes in place are not seen there.)
+    It computes for `timeout` seconds at most, and takes ten times as long by the clock.
+    Its exits, output and tricks prove nothing: the asserts run in another process. Only numbers,
+    strings and containers get there. Another object is used from there, and equals what has its
+    `repr`; or the result is "failed: PicklingError". (Changes of arguments are not seen.)
 
     But this is no virtual machine. A program can read what its user can, and fill the disk. Without
     root, namespaces and Landlock it can harm all that its user owns.
