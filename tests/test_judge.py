@@ -207,7 +207,7 @@ def test_a_prompt_ends_anywhere(name):
 
 def test_asserts_use_the_prompts_own_functions():
     """A helper that the prompt defines is there for the asserts, not the program's own version."""
-    prompt = "def half(x):\n  return x / 2\n\ndef double(x):\n"
+    prompt = "def half(x):\n  return x / 2\n\ndef double(x):\n  'Twice.'\n"
     test = "def check(candidate):\n    assert half(candidate(3)) == 3\n"
     assert run("  return 2 * x\n", prompt=prompt, test=test) == "passed"
     cheat = "  return 0\n\ndef half(x): return 3\n"
