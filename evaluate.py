@@ -47,7 +47,9 @@ A run folder holds what mlfs.py leaves, and what is measured here:
 
 Exit codes: 0 done; 2 bad input; 3 no subnet fits the budget; 130 stopped.
 """
+import builtins
 import ctypes
+import errno
 import fcntl
 import glob
 import hashlib
@@ -56,6 +58,7 @@ import inspect
 import json
 import logging
 import math
+import operator
 import os
 import pickle
 import platform
@@ -740,20 +743,53 @@ def judged_before(path, made):
     return rows
 
 
-def humaneval(model, tokenizer, problems, path, origin, samples=1, batch_size=16, **settings):
+def usable_cores():
+    """How many processors this process may use: its affinity, cut by its container's quota."""
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
+    # Control groups of version 2 and 1. No quota is "max" or -1; the usual period is 0.1 s.
+    for name in ("cpu.max", "cpu/cpu.cfs_quota_us"):
+        with suppress(OSError, ValueError):
+            text = Path("/sys/fs/cgroup", name).read_text() + " 100000"
+            quota, period = map(int, text.split()[:2])
+            if quota > 0:
+                cores = min(cores, math.ceil(quota / period))
+    return cores
+
+
+def check_sandbox(problems):
+    """ValueError unless here, after all imports, a right program passes and a wrong one fails."""
+    text = "\n".join(problem["prompt"] + "\n" + problem["test"] for problem in problems)
+    imports = set(re.findall(r"^import [\w.]+(?= as|$)|^from [\w.]+ import \w+", text, re.M))
+    prompt = "\n".join([*sorted(imports), "def f():\n"])
+    toy = {"prompt": prompt, "entry_point": "f", "test": "def check(f):\n    assert f()\n"}
+    for value, wanted in ((1, "passed"), (0, "failed: AssertionError")):
+        result = check_correctness(toy, f"    return {value}\n")["result"]
+        if result != wanted:
+            raise ValueError(f"programs cannot be judged here: {prompt + f'    return {value}'!r} "
+                             f"should be {wanted!r}, not {result!r}")
+
+
+def humaneval(model, tokenizer, problems, path, origin, samples=1, batch_size=16, too_long=(),
+              **settings):
     """pass@k of `model` for k in 1, 10, 100 up to `samples`, and pass@1's standard error.
 
     Each judged completion is a line of `path`, with the settings of `generate` and the model's
     origin; those that are there already are not made again, and ValueError is raised if they are of
-    another origin or other settings. RUNS GENERATED CODE: see `check_correctness`.
+    another origin or other settings. The tasks that are `too_long` count as failed.
+    RUNS GENERATED CODE: see `check_correctness`.
     """
+    tasks = [problem["task_id"] for problem in problems]
+    if len(set(tasks)) < len(tasks):
+        raise ValueError(f"two problems have the task_id {max(tasks, key=tasks.count)!r}")
     made = origin | settings
     rows = judged_before(path, made)
     done = {(row["task_id"], row["sample"]) for row in rows}
-    todo = [(sample, i) for sample in range(samples) for i, problem in enumerate(problems)
-            if (problem["task_id"], sample) not in done]
+    todo = [(sample, i) for sample in range(samples) for i, task in enumerate(tasks)
+            if (task, sample) not in done and task not in too_long]
     todo.sort(key=lambda pair: len(problems[pair[1]]["prompt"]))             # less padding
-    with open(path, "a", encoding="utf-8") as file, ThreadPoolExecutor(os.cpu_count()) as pool:
+    if todo:
+        check_sandbox(problems)
+    with open(path, "a", encoding="utf-8") as file, ThreadPoolExecutor(usable_cores()) as pool:
         for start in tqdm(range(0, len(todo), batch_size), unit=" batches", disable=None):
             batch = todo[start:start + batch_size]
             asked = [problems[i] for _, i in batch]
@@ -762,11 +798,11 @@ def humaneval(model, tokenizer, problems, path, origin, samples=1, batch_size=16
             texts = generate(model, tokenizer, prompts, stop=STOP, seeds=seeds, **settings)
             verdicts = pool.map(check_correctness, asked, texts)
             for (sample, i), text, verdict in zip(batch, texts, verdicts):
-                rows.append({"task_id": problems[i]["task_id"], "sample": sample,
+                rows.append({"task_id": tasks[i], "sample": sample,
                              "completion": text, "made": made} | verdict)
                 file.write(json.dumps(rows[-1]) + "\n")
             file.flush()
-    return pass_at_k(rows, [problem["task_id"] for problem in problems], samples)
+    return pass_at_k(rows, tasks, samples)
 
 
 def pass_at_k(rows, tasks, samples):
@@ -810,54 +846,127 @@ class Linux:
     LANDLOCK_WRITE = (0x1FF2, 0x3FF2, 0x7FF2)  # version 1: change files; 2: move; 3: truncate them
 
 
+def ask(function, *args, **kwargs):
+    """The judge has the worker call a function. Its exception is raised here."""
+    pickle.dump((function, args, kwargs), ask.calls)
+    returned, value = PlainUnpickler(ask.replies).load()
+    if returned:
+        return value
+    # Of the program's making it would end a map() of the asserts.
+    if value == "StopIteration" and function is not next:
+        value = "RuntimeError"
+    kind = type(value, (getattr(builtins, value, Exception),), {})
+    raise kind.__new__(kind)
+
+
+def remote(function):
+    return lambda self, *args, **kwargs: ask(function, self, *args, **kwargs)
+
+
+class Remote:
+    """In the judge: an object of the program. It stays in the worker, and is used there."""
+    objects = []
+    __call__ = remote(operator.call)
+    __bool__ = remote(bool)
+    __iter__ = remote(iter)
+    __next__ = remote(next)
+    __len__ = remote(len)
+    __repr__ = remote(repr)
+    __str__ = remote(str)
+
+    def __init__(self, number):
+        self._number = number
+
+    def __reduce__(self):
+        return kept, (self._number,)
+
+    def __getattr__(self, name):
+        # Such as __array_interface__, an address that numpy would read.
+        if name.startswith("__"):
+            raise AttributeError
+        return ask(getattr, self, name)
+
+    def __eq__(self, other):
+        # A program's own __eq__ can say that it equals all.
+        if repr(self) != repr(other):
+            raise pickle.PicklingError
+        return True
+
+
+def kept(number):
+    return Remote.objects[number]
+
+
 class PlainUnpickler(pickle.Unpickler):
-    """Loads numbers, strings and containers of them; anything else is an error."""
-    find_class = None
+    """Loads numbers, strings and containers of them; anything else is a Remote."""
+    def find_class(self, module, name):
+        # Not the class itself, which what is loaded could change.
+        return partial(Remote)
 
 
 def plain(value):
     """Containers of derived kinds, such as Counter, as the kind they are derived from."""
+    if type(value).__module__ == "numpy":
+        value = value.tolist()
     if isinstance(value, dict):
         return dict(plain(list(value.items())))
     for kind in (list, tuple, set, frozenset):
         if isinstance(value, kind):
             return kind(map(plain, value))
-    return value
+    if type(value) in (bool, int, float, str, bytes, type(None)):
+        return value
+    Remote.objects.append(value)
+    return Remote(len(Remote.objects) - 1)
 
 
-def serve_calls(calls, replies):
-    """The worker: runs the completed program, then calls its function as often as it is asked."""
+def define(program, name):
+    """The program's function, class or method of that name."""
+    namespace = {}
+    exec(program, namespace)
+    return eval(name, namespace)
+
+
+def serve_calls(calls, replies, libc, user):
+    """The worker: does with the program what it is asked, as often as it is asked."""
     try:
-        program, name = pickle.load(calls)
-        namespace = {}
-        value = None
-        exec(program, namespace)
-        while True:
-            pickle.dump((True, plain(value)), replies)
-            args, kwargs = pickle.load(calls)
-            value = namespace[name](*args, **kwargs)
-    except BaseException as error:
-        pickle.dump((False, type(error).__name__), replies)
+        give_up_rights(libc, user)
+    except OSError as error:
+        pickle.dump((False, str(error)), replies)
+        return calls.read()
+    while True:
+        function, args, kwargs = pickle.load(calls)
+        try:
+            pickle.dump((True, plain(function(*args, **kwargs))), replies)
+        except BaseException as error:
+            pickle.dump((False, type(error).__name__), replies)
+
+
+def beginning(source):
+    """As many first lines as are a program by themselves: a prompt ends anywhere."""
+    lines = source.splitlines(keepends=True)
+    while True:
+        with suppress(SyntaxError, ValueError):
+            compile("".join(lines), "prompt", "exec")
+            return "".join(lines)
+        lines.pop()
 
 
 def run_asserts(calls, replies):
     """The judge: runs the asserts on a function that is called in the worker."""
-    def ask(message):
-        pickle.dump(message, calls)
-        returned, value = PlainUnpickler(replies).load()
-        if not returned:
-            raise type(value, (Exception,), {})
-        return value
-
+    ask.calls = calls
+    ask.replies = replies
+    namespace = {}
     try:
         problem, completion = json.load(sys.stdin)
         prompt = problem["prompt"]
         name = problem["entry_point"]
-        ask((prompt + completion + "\n", name))
-        namespace = {}
-        exec(prompt + "\n    pass\n", namespace)  # asserts may use another function of the prompt
-        namespace[name] = lambda *args, **kwargs: ask((args, kwargs))
-        exec(problem["test"] + f"\ncheck({name})", namespace)
+        entry = ask(define, prompt + completion + "\n", name)
+        # Asserts may use another function of the prompt.
+        with suppress(Exception):
+            exec(beginning(prompt), namespace)
+        namespace[name] = entry
+        exec(problem["test"], namespace)
+        namespace["check"](entry)
         return "passed"
     except BaseException as error:
         return f"failed: {type(error).__name__}"  # EOFError if the worker ended by itself
@@ -903,13 +1012,13 @@ def give_up_rights(libc, user):
     libc.syscall(Linux.LANDLOCK_RESTRICT_SELF, rules, 0)
 
 
-def open_library():
+def open_library(installed):
     """Python's library may lie below /root. A descriptor keeps it in reach of another user."""
-    library = os.path.dirname(os.__file__)
-    opened = f"/proc/self/fd/{os.open(library, os.O_RDONLY)}"
     packages = [module.__path__ for module in sys.modules.values() if hasattr(module, "__path__")]
-    for paths in [sys.path, *packages]:
-        paths[:] = [path.replace(library, opened) for path in paths]
+    for library in (os.path.dirname(os.__file__), installed):
+        opened = f"/proc/self/fd/{os.open(library, os.O_RDONLY)}"
+        for paths in [sys.path, *packages]:
+            paths[:] = [path.replace(library, opened) for path in paths]
 
 
 def isolate(libc, user):
@@ -924,14 +1033,17 @@ def isolate(libc, user):
     libc.unshare(spaces)
 
 
-def child(timeout, limits, user):
+def child(timeout, limits, user, installed):
     """The child interpreter's program: one verdict on standard output."""
     libc = ctypes.CDLL(None)
+    sys.path.append(installed)
     if user:
-        open_library()
+        open_library(installed)
     isolate(libc, user)
     verdict = os.dup(1)
-    os.dup2(2, 1)  # standard error is /dev/null
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    os.dup2(nowhere, 1)
+    os.dup2(nowhere, 2)
     calls = os.pipe()
     replies = os.pipe()
     worker = os.fork()
@@ -939,30 +1051,36 @@ def child(timeout, limits, user):
         with suppress(OSError, ValueError):  # macOS does not limit memory
             resource.setrlimit(getattr(resource, "RLIMIT_" + name), (limit, limit))
     if worker == 0:
-        os.dup2(2, 0)
+        os.dup2(nowhere, 0)
         for pipe in (verdict, calls[1], replies[0]):
             os.close(pipe)
-        give_up_rights(libc, user)
-        serve_calls(open(calls[0], "rb"), open(replies[1], "wb", buffering=0))
+        serve_calls(open(calls[0], "rb"), open(replies[1], "wb", buffering=0), libc, user)
         os._exit(0)
     os.close(calls[0])
     os.close(replies[1])
 
     def finish(result):
         kill_all(worker)
-        os.write(verdict, result.encode(errors="replace"))
+        used = sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
+        if result != "passed" and used > limits["CPU"] - 0.1:
+            result = "timed out"
+        os.write(verdict, " ".join(result.split())[:80].encode(errors="replace"))
         os._exit(0)
 
     signal.signal(signal.SIGALRM, lambda *_: finish("timed out"))
-    signal.setitimer(signal.ITIMER_REAL, timeout)
+    # By the clock it has ten times as long: it may have to wait for a processor.
+    signal.setitimer(signal.ITIMER_REAL, 10 * timeout)
     finish(run_asserts(open(calls[1], "wb", buffering=0), open(replies[0], "rb")))
 
 
 RUNNER = "\n\n".join((                               # the child's whole source
-    "import ctypes, glob, json, os, pickle, resource, signal, struct, sys, time",
+    "import builtins, ctypes, glob, json, operator, os, pickle, resource, signal, struct",
+    "import sys, time",
     "from contextlib import suppress",
-    *map(inspect.getsource, (Linux, PlainUnpickler, plain, serve_calls, run_asserts, kill_all,
-                             give_up_rights, open_library, isolate, child)),
+    "from functools import partial",
+    *map(inspect.getsource, (
+        Linux, ask, remote, Remote, kept, PlainUnpickler, plain, define, serve_calls,
+        beginning, run_asserts, kill_all, give_up_rights, open_library, isolate, child)),
     "child(*json.loads(sys.argv[1]))",
 ))
 
@@ -972,31 +1090,40 @@ def check_correctness(problem, completion, timeout=10.0):
 
     It runs in an empty folder, under limits, and all that it started is killed in the end. Under
     root it has a user of its own. Where Linux permits, it has no network and writes nowhere else.
-    Its exits, output and tricks prove nothing: the asserts run in another process, to which only
-    what its function returns gets: numbers, strings and containers of them. (Arguments that it
-    changes in place are not seen there.)
+    It computes for `timeout` seconds at most, and takes ten times as long by the clock.
+    Its exits, output and tricks prove nothing: the asserts run in another process. Only numbers,
+    strings and containers get there. Another object is used from there, and equals what has its
+    `repr`; or the result is "failed: PicklingError". (Changes of arguments are not seen.)
 
     But this is no virtual machine. A program can read what its user can, and fill the disk. Without
     root, namespaces and Landlock it can harm all that its user owns.
     """
     folder = tempfile.mkdtemp()
     user = 0
-    if os.getuid() == 0:  # one of the numbers that systemd keeps for users of the moment
-        user = 61184 + os.stat(folder).st_ino % 4336
-        os.chown(folder, user, user)
-    settings = json.dumps([timeout, LIMITS | {"CPU": int(timeout) + 2}, user])
     try:
+        if os.getuid() == 0:  # one of the numbers that systemd keeps for users of the moment
+            user = 61184 + os.stat(folder).st_ino % 4336
+            try:
+                os.chown(folder, user, user)
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+                # The root of a container that has no such user.
+                user = 0
+        limits = LIMITS | {"CPU": math.ceil(timeout)}
+        settings = json.dumps([timeout, limits, user, os.path.dirname(np.__path__[0])])
         output = subprocess.run(
             [sys.executable, "-I", "-S", "-c", RUNNER, settings],
             input=json.dumps([problem, completion]).encode(),
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+            # Which tells why the interpreter cannot start.
+            stderr=subprocess.STDOUT,
             cwd=folder,
-            env={"HOME": folder, "TMPDIR": folder, "PATH": "/usr/bin:/bin"},
+            env={"HOME": folder, "TMPDIR": folder, "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"},
             start_new_session=True,
-            timeout=timeout + 10,
+            timeout=10 * timeout + 10,
         ).stdout
-        result = " ".join(output.decode(errors="replace").split())[:80] or "failed"
+        result = (output.decode(errors="replace").splitlines() or ["failed"])[-1]
     except subprocess.TimeoutExpired:
         result = "timed out"
     finally:  # whatever the program did to the permissions or the depth of the folder
@@ -1636,12 +1763,17 @@ def print_humaneval(args, run, problems):
     settings = {key: getattr(args, key) for key in ("max_new_tokens", "temperature", "top_p")}
     origin = {"adapters": data.sha256([run.folder / "adapters.safetensors"]),
               "problems": data.sha256([args.humaneval]), "dtype": args.dtype}
+    room = run.model.max_tokens
+    too_long = [problem["task_id"] for problem in problems
+                if len(run.tokenizer.encode(problem["prompt"].rstrip()).ids) >= room]
     for phi in run.subnets:
         path = run.folder / f"humaneval-{phi.name}.jsonl"
         found = humaneval(run.model.extract(phi), run.tokenizer, problems, path, origin,
-                          args.samples, args.batch_size, **settings)
+                          args.samples, args.batch_size, too_long, **settings)
+        unjudged = path.read_text().count('"failed: PicklingError"')
         points = ", ".join(f"{name} {100 * value:.1f}" for name, value in found.items())
-        print(f"{phi.name}: {points}; {len(problems)} problems, {args.samples} samples each",
+        print(f"{phi.name}: {points}; {len(problems)} problems, {args.samples} samples each; "
+              f"not judged: {unjudged} values of other kinds, {len(too_long)} prompts too long",
               flush=True)
 
 

@@ -868,9 +868,45 @@ def test_no_generated_code_runs_without_leave(run, tmp_path, monkeypatch, capsys
     (tmp_path / "odd.jsonl").write_text('{"task_id": 1}\n')
     with pytest.raises(ValueError, match="odd.jsonl, line 1: there is no 'task_id', or it is"):
         evaluate.main([str(folder), "--humaneval", "odd.jsonl", "--allow-code-execution"])
+    monkeypatch.setattr(evaluate, "check_sandbox", lambda problems: None)
     monkeypatch.setattr(
         evaluate, "check_correctness", lambda *a: {"passed": True, "result": "passed"}
     )
     assert evaluate.main([*allowed, "--subnets", "w0.5-d2", "--max-new-tokens", "4"]) == 0
     assert "w0.5-d2: pass@1 100.0, stderr 0.0; 3 problems" in capsys.readouterr().out
     assert len((folder / "humaneval-w0.5-d2.jsonl").read_text().splitlines()) == 3
+
+
+def test_odd_problem_files_are_judged_or_told(run, tmp_path, monkeypatch, capsys):
+    """Blank lines are no problems, a long prompt is one that fails, and no task is there twice."""
+    folder = run("--epochs", "1,0,0")
+    monkeypatch.setattr(evaluate, "check_sandbox", lambda problems: None)
+    results = iter(["passed", "failed: PicklingError"])
+    monkeypatch.setattr(
+        evaluate, "check_correctness", lambda *a: {"passed": True, "result": next(results)}
+    )
+    long = PROBLEMS[2] | {"prompt": "x = 1\n" * 99}
+    lines = [json.dumps(problem) for problem in (*PROBLEMS[:2], long)]
+    path = tmp_path / "problems.jsonl"
+    path.write_text("\n" + "\n  \n".join(lines) + "\n\n")
+    options = [str(folder), "--humaneval", str(path), "--allow-code-execution"]
+    options += ["--subnets", "w0.5-d2", "--max-new-tokens", "4"]
+    assert evaluate.main(options) == 0
+    out = capsys.readouterr().out
+    assert "pass@1 66.7" in out
+    assert "not judged: 1 values of other kinds, 1 prompts too long" in out
+    path.write_text("\n\n" + lines[0] + "\n\n{}\n")
+    with pytest.raises(ValueError, match="problems.jsonl, line 5: there is no 'task_id'"):
+        evaluate.main(options)
+    path.write_text("\n".join(lines[:1] * 2))
+    with pytest.raises(ValueError, match="two problems have the task_id 'T/0'"):
+        evaluate.main(options)
+
+
+def test_nothing_is_stored_where_programs_cannot_be_judged(tmp_path, monkeypatch):
+    """A sandbox that does not work is told before a text is generated."""
+    monkeypatch.setattr(evaluate, "generate", lambda *a, **b: pytest.fail("it generated"))
+    monkeypatch.setattr(evaluate, "check_correctness", lambda *a: {"result": "failed: EOFError"})
+    with pytest.raises(ValueError, match="cannot be judged here.*'failed: EOFError'"):
+        evaluate.humaneval(None, None, PROBLEMS, tmp_path / "out.jsonl", {})
+    assert not list(tmp_path.iterdir())

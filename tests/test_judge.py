@@ -4,6 +4,7 @@ Nothing else does, whatever a program does.
 """
 
 import ctypes
+import errno
 import json
 import os
 import pathlib
@@ -20,9 +21,11 @@ import evaluate
 from evaluate import check_correctness
 
 # Of evaluate.py's imports those that its judge needs.
-IMPORTS = """import ctypes, glob, inspect, json, os, pickle, resource, signal, struct, subprocess
-import sys, tempfile, time
+IMPORTS = """import builtins, ctypes, errno, glob, inspect, json, math, operator, os, pickle
+import resource, signal, struct, subprocess, sys, tempfile, time
 from contextlib import suppress
+from functools import partial
+import json as np  # any package: where the others are
 """
 SYSTEM_PYTHON = pathlib.Path("/usr/bin/python3")  # readable by every user
 PROBLEM = {
@@ -179,6 +182,179 @@ def test_cheat(name, protection):
     assert run(CHEATS[name]).startswith(("failed", "timed out"))
 
 
+UNFINISHED = {
+    "two spaces": ('def double(x):\n  """Twice."""\n', "  return 2 * x\n"),
+    "tabs": ('def double(x):\n\t"""Twice."""\n', "\treturn 2 * x\n"),
+    "no docstring": ("def double(x):\n", " return 2 * x\n"),
+    "a docstring alone": ('"""Write double(x)."""\nimport os\n', "double = lambda x: 2 * x\n"),
+    "an open if": ("def double(x):\n    if x:\n", "        return 2 * x\n"),
+    "an open line": ("def double(x): return ", "2 * x\n"),
+    "an open bracket": ("double = max(\n", "    1, 2) and (lambda x: 2 * x)\n"),
+    "a decorator": ("import functools\n@functools.cache\n", "def double(x): return 2 * x\n"),
+    "not complete yet": (
+        "import functools\n@functools.total_ordering\nclass T:\n    x = 1\n",
+        "    def __lt__(self, other): return True\ndef double(x): return 2 * x\n",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNFINISHED)
+def test_a_prompt_ends_anywhere(name):
+    """Where a prompt ends decides nothing."""
+    prompt, completion = UNFINISHED[name]
+    assert run(completion, prompt=prompt) == "passed"
+
+
+def test_asserts_use_the_prompts_own_functions():
+    """A helper that the prompt defines is there for the asserts, not the program's own version."""
+    prompt = "def half(x):\n  return x / 2\n\ndef double(x):\n  'Twice.'\n"
+    test = "def check(candidate):\n    assert half(candidate(3)) == 3\n"
+    assert run("  return 2 * x\n", prompt=prompt, test=test) == "passed"
+    cheat = "  return 0\n\ndef half(x): return 3\n"
+    assert run(cheat, prompt=prompt, test=test) == "failed: AssertionError"
+
+
+def test_a_class_as_entry_point():
+    """The asserts use a class and its objects; a wrong one, and one that equals all, fail."""
+    prompt = "class Stack:\n  def __init__(self):\n"
+    stack = """    self.items = []
+  def push(self, x):
+    self.items.append(x)
+    return self
+  def pop(self): return self.items.pop()
+  def __len__(self): return len(self.items)
+  def __eq__(self, other): return True
+"""
+    test = """def check(candidate):
+    stack = candidate()
+    assert not stack and stack.push(1).push(2).pop() == 2
+    assert len(stack) == 1 and stack.items == [1]
+"""
+    changes = {"prompt": prompt, "entry_point": "Stack", "test": test}
+    assert run(stack, **changes) == "passed"
+    assert run(stack.replace("pop()", "pop(0)"), **changes) == "failed: AssertionError"
+    changes["test"] = "def check(candidate):\n    assert candidate() == [1]\n"
+    assert run(stack, **changes) == "failed: PicklingError"
+    method = {"prompt": "class A:\n\tdef double(self, x):\n", "entry_point": "A().double"}
+    assert run("\t\treturn 2 * x\n", **method) == "passed"
+
+
+def test_an_exception_is_the_builtin_one():
+    """The asserts may expect an exception, more than once; StopIteration does not end a map()."""
+    test = """def check(candidate):
+    for _ in range(2):
+        try:
+            candidate(1)
+        except ValueError:
+            continue
+        assert False
+"""
+    assert run("    raise ValueError('no')\n", test=test) == "passed"
+    assert run("    raise TypeError\n", test=test) == "failed: TypeError"
+    test = "def check(candidate):\n    assert all(map(candidate, [1, 2]))\n"
+    assert run("    raise StopIteration\n", test=test) == "failed: RuntimeError"
+
+
+OTHER_VALUES = """def check(candidate):
+    from decimal import Decimal
+    from fractions import Fraction
+    from itertools import count, islice
+    assert list(candidate("(i for i in (1, 2))")) == [1, 2]
+    assert list(islice(candidate("__import__('itertools').count(5)"), 2)) == [5, 6]
+    assert next(candidate("iter('ab')")) == "a"
+    assert sorted(candidate("{2: 0, 1: 0}.keys()")) == [1, 2]
+    assert candidate("range(3)") == range(3) and len(candidate("range(3)")) == 3
+    assert candidate("__import__('decimal').Decimal('1.5')") == Decimal("1.5")
+    assert [Fraction(1, 3)] == candidate("[__import__('fractions').Fraction(1, 3)]")
+    assert candidate("1 + 2j") == 1 + 2j and candidate("lambda x: x + 1")(1) == 2
+"""
+
+
+def test_values_of_other_kinds():
+    """A generator, a range or a Decimal can be judged; what cannot be compared has a word."""
+    assert run("    return eval(x)\n", test=OTHER_VALUES) == "passed"
+    assert run("    yield 4\n") == "failed: PicklingError"
+
+
+def test_numpy_is_there_for_the_program_and_the_asserts():
+    """Its numbers and arrays reach the asserts as lists and numbers."""
+    test = "import numpy as np\n\ndef check(candidate):\n"
+    test += "    assert np.allclose(candidate(1), [2, 2])\n"
+    test += "    assert candidate(2)[0] == 4.0\n"
+    prompt = "import numpy as np\ndef double(x):\n"
+    assert run("    return np.full(2, 2.0 * x)\n", prompt=prompt, test=test) == "passed"
+    assert run("    return np.full(2, 3.0 * x)\n", prompt=prompt, test=test).startswith("failed")
+    test = "def check(candidate):\n    assert candidate(2) == 4 and candidate(1.5) in (3, 5)\n"
+    assert run("    return np.int64(2) * x\n", prompt=prompt, test=test) == "passed"
+
+
+def test_time_is_what_a_program_computes():
+    """A program that has to wait for a processor is not late; one that computes too long is."""
+    wait = "    import time\n    time.sleep(0.3)\n"
+    assert run(wait + RIGHT, timeout=0.2) == "passed"
+    assert run("    while True: pass\n", timeout=0.9) == "timed out"
+
+
+def test_usable_cores_are_those_of_affinity_and_quota(tmp_path, monkeypatch):
+    """Not those of the machine."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
+    monkeypatch.setattr(evaluate, "Path", lambda _, name: tmp_path / name)
+    assert evaluate.usable_cores() == 6
+    (tmp_path / "cpu").mkdir()
+    for name, text, cores in (
+        ("cpu.max", "max 100000\n", 6),
+        ("cpu/cpu.cfs_quota_us", "-1\n", 6),
+        ("cpu.max", "250000 100000\n", 3),
+        ("cpu.max", "5000 100000\n", 1),
+        ("cpu.max", "9900000 100000\n", 6),
+        ("cpu/cpu.cfs_quota_us", "200000\n", 2),
+    ):
+        (tmp_path / name).write_text(text)
+        assert evaluate.usable_cores() == cores
+
+
+def test_a_sandbox_that_does_not_work_is_told(monkeypatch, tmp_path):
+    """One that calls all programs wrong, or right, or lacks what the problems import."""
+    evaluate.check_sandbox([{**PROBLEM, "test": "import numpy as np\n" + PROBLEM["test"]}])
+    with pytest.raises(ValueError, match="from nowhere .*'failed: ModuleNotFoundError'"):
+        evaluate.check_sandbox([PROBLEM, {**PROBLEM, "prompt": "from nowhere import a, b\n"}])
+    broken = evaluate.RUNNER.replace("os.setsid()", "raise OSError('no setuid')")
+    monkeypatch.setattr(evaluate, "RUNNER", broken)
+    (tmp_path / "python").write_text("#!/bin/sh\necho no libpython.so >&2\nexit 127\n")
+    (tmp_path / "python").chmod(0o755)
+    for python, reason in (
+        (sys.executable, "no setuid"),
+        (str(tmp_path / "python"), "no libpython.so"),
+        ("/bin/false", "not 'failed'"),
+    ):
+        monkeypatch.setattr(sys, "executable", python)
+        with pytest.raises(ValueError, match=f"programs cannot be judged here.*{reason}"):
+            evaluate.check_sandbox([PROBLEM])
+    for result in ("passed", "failed: AssertionError"):
+        monkeypatch.setattr(evaluate, "check_correctness", lambda *_: {"result": result})
+        with pytest.raises(ValueError, match="programs cannot be judged here"):
+            evaluate.check_sandbox([PROBLEM])
+
+
+@linux
+def test_root_of_a_container_without_other_users(monkeypatch, folders):
+    """Where the extra user does not exist, programs are judged without one; else they are not."""
+    def refuse(number):
+        def chown(*_):
+            raise OSError(number, "no")
+        monkeypatch.setattr(os, "getuid", lambda: 0)
+        monkeypatch.setattr(os, "chown", chown)
+
+    refuse(errno.EINVAL)
+    assert run(RIGHT) == "passed"
+    assert run(WRONG) == "failed: AssertionError"
+    refuse(errno.EPERM)
+    with pytest.raises(PermissionError):
+        run(RIGHT)
+
+
 @linux
 def test_judge_is_out_of_reach(protection):
     """The program cannot open the memory, descriptors or environment of the process that judges."""
@@ -201,7 +377,7 @@ def test_time(protection, folders):
     deaf += "    except (OSError, ValueError): pass\n"
     for code in (deaf + "while True: pass", "import time; time.sleep(60)"):
         start = time.time()
-        assert run(body(code), timeout=0.5) == "timed out"
+        assert run(body(code), timeout=0.05) == "timed out"
         assert time.time() - start < 15
 
 
@@ -209,7 +385,7 @@ def test_endless_reply(folders):
     """A reply without end stops the judge by its limits, and the program with it."""
     code = "while True:\n    for f in range(3, 64):\n        try: os.write(f, b'N0' * 9999)\n"
     start = time.time()
-    assert run(body(code + "        except OSError: pass"), timeout=0.5) in ("failed", "timed out")
+    assert run(body(code + "        except OSError: pass"), timeout=0.05) in ("failed", "timed out")
     assert time.time() - start < 15
 
 
@@ -217,7 +393,7 @@ def test_endless_reply(folders):
 def test_descendants_die(protection):
     """Of a grandchild in a session of its own, and of many children, nothing is left in the end."""
     for number, ending in enumerate(["", "\nos._exit(0)", "\nwhile True: pass"]):
-        timeout = 0.5 + number / 10 + MARK
+        timeout = 0.05 + number / 100 + MARK
         code = """
 import time
 read, write = os.pipe()
@@ -245,9 +421,9 @@ def test_judge_dies(monkeypatch):
     """If the judge itself is killed, which it is if all else fails, its worker dies with it."""
     broken = evaluate.RUNNER.replace('finish("timed out")', "os.kill(os.getpid(), 9)")
     monkeypatch.setattr(evaluate, "RUNNER", broken)
-    assert run(body("import time; time.sleep(9)"), timeout=0.4 + MARK) == "failed"
+    assert run(body("import time; time.sleep(9)"), timeout=0.04 + MARK) == "failed"
     time.sleep(0.1)
-    assert processes(repr(0.4 + MARK)) == 0
+    assert processes(repr(0.04 + MARK)) == 0
 
 
 @linux
@@ -311,7 +487,8 @@ def test_folder(protection, folders):
     """The program starts in an empty folder, its home, which goes even if sealed or emptied."""
     inside = "assert os.listdir('.') == [] and os.path.samefile('.', os.path.expanduser('~'))\n"
     inside += "import tempfile; assert os.path.samefile('.', tempfile.gettempdir())\n"
-    inside += "assert set(os.environ) <= {'HOME', 'TMPDIR', 'PATH', 'LC_CTYPE'}\nos._exit(0)"
+    inside += "assert set(os.environ) <= {'HOME', 'TMPDIR', 'PATH', 'LC_CTYPE', "
+    inside += "'OMP_NUM_THREADS'}\nos._exit(0)"
     assert run(WRONG + inside) == "failed: EOFError"
     here = f"assert x != 2 or os.getcwd().startswith('{folders}/')\n"  # or this would do harm
     sealed = (
@@ -408,7 +585,7 @@ if x == 2 and os.fork() == 0:
         "right": (RIGHT, 3.0),
         "wrong": (WRONG, 3.0),
         "cheat": (CHEATS["descriptors of the judge"], 3.0),
-        "loop": (body("while True: pass"), 0.5),
+        "loop": (body("while True: pass"), 0.05),
         "exit": ("    os._exit(0)\n", 3.0),
         "grandchild": (grandchild, 3 + MARK),
         "network": (body("import socket; socket.create_connection(('127.0.0.1', 9), 1)"), 3.0),
