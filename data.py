@@ -504,7 +504,8 @@ def load_toy(train=12_000, dev=1_000, seed=0):
 
 def refuse_pointer(path):
     """ValueError if this is no file but the three lines that Git LFS keeps in its place."""
-    if path.stat().st_size < 1024 and path.read_bytes().startswith(b"version https://git-lfs"):
+    small = 0 < path.stat().st_size < 1024           # a pipe has 0: it can be read but once
+    if small and path.read_bytes().startswith(b"version https://git-lfs"):
         raise ValueError(f"{path} is a Git LFS pointer; git lfs pull fetches the file")
 
 

@@ -2,9 +2,11 @@
 
 import errno
 import json
+import os
 import socket
 import ssl
 import tempfile
+import threading
 import types
 import zipfile
 from pathlib import Path
@@ -567,3 +569,12 @@ def test_a_git_lfs_pointer_in_the_place_of_a_file_is_called_so(name, read, tmp_p
     write(path.parent, path.name, POINTER)
     with pytest.raises(ValueError, match=f"{path} is a Git LFS pointer; git lfs pull fetches"):
         read(path)
+
+
+def test_a_pipe_is_read_once(tmp_path):
+    """As in `--humaneval <(zcat FILE)`: nothing may look into it before."""
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=(tmp_path / "pipe").write_text, args=('{"a": "b"}\n',))
+    writer.start()
+    assert evaluate.read_lines(tmp_path / "pipe", {"a": str}) == [{"a": "b"}]
+    writer.join()
