@@ -7,6 +7,7 @@ Windows line ends are accepted. An empty sentence is an example like any other: 
 The way of an example: a line of a file, `Rows` (text), `Examples` (token ids), a padded batch.
 """
 import csv
+import errno
 import functools
 import gzip
 import hashlib
@@ -19,6 +20,7 @@ import sysconfig
 import tempfile
 import zipfile
 import zlib
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -176,6 +178,7 @@ def read_table(path, columns, read, header=()):
 
 def read_file(path, records, read):
     """read(record) of all that `records` makes of the lines; ValueError names file and line."""
+    refuse_pointer(path)
     number = 0
 
     def decoded(file):
@@ -413,6 +416,7 @@ def tokenizer_file(folder):
     for name in ("tokenizer.json", "vocab.txt"):
         path = Path(folder) / name
         if path.exists():
+            refuse_pointer(path)
             return path
     raise FileNotFoundError(f"there is neither tokenizer.json nor vocab.txt in {folder}; copy the "
                             f"checkpoint's tokenizer there")
@@ -726,6 +730,13 @@ def load_toy(train=12_000, dev=1_000, seed=0):
 
 # ------------------------------------------------------------------------------------- downloads
 
+def refuse_pointer(path):
+    """ValueError if this is no file but the three lines that Git LFS keeps in its place."""
+    small = 0 < path.stat().st_size < 1024           # a pipe has 0: it can be read but once
+    if small and path.read_bytes().startswith(b"version https://git-lfs"):
+        raise ValueError(f"{path} is a Git LFS pointer; git lfs pull fetches the file")
+
+
 GLUE_URL = "https://dl.fbaipublicfiles.com/glue/data/"
 MRPC_URL = "https://dl.fbaipublicfiles.com/senteval/senteval_data/msr_paraphrase_train.txt"
 BERT_BASE = "google-bert/bert-base-uncased"          # at the Hugging Face hub
@@ -735,8 +746,9 @@ SANTACODER = "bigcode/gpt_bigcode-santacoder"
 def find_inputs(task, model, data_dir):
     """(task, model folder, data folder, note): on disk, or downloaded, or the toy and a banner.
 
-    What was named never falls back: ValueError for an unknown task, FileNotFoundError saying what
-    is missing, where it was looked for, and how to get it.
+    The toy stands in only where there is no network, and never for what was named: ValueError for
+    an unknown task, FileNotFoundError saying what is missing, where it was looked for, and how to
+    get it.
     """
     if task not in TASKS:
         raise ValueError(f"unknown task {task!r}; choose from {', '.join(TASKS)}")
@@ -745,7 +757,7 @@ def find_inputs(task, model, data_dir):
                          f"--task that these data are of")
     try:
         return task, find_model(task, model), data_dir or find_data(task), ""
-    except FileNotFoundError as error:
+    except Offline as error:
         # The toy stands in only for BERT-base on GLUE, and only if the user named neither.
         if model or data_dir or not TASKS[task].archive:
             raise
@@ -760,8 +772,8 @@ def find_inputs(task, model, data_dir):
 def find_model(task, model=None):
     """The folder of the checkpoint that is named, or that a task starts from by default."""
     if model:
-        if not (model / "config.json").exists():
-            raise FileNotFoundError(f"--model: there is no {model / 'config.json'}; "
+        if not Path(model, "config.json").exists():
+            raise FileNotFoundError(f"--model: there is no {Path(model, 'config.json')}; "
                                     f"weights/README.md tells how to get a checkpoint")
         return model
     if task == "toy":
@@ -779,16 +791,29 @@ def find_data(task):
     return obtain(f"the data of {task}", glue, download_glue, task) if task in GLUE else glue
 
 
+class Offline(FileNotFoundError):
+    """What is missing could not be downloaded, for there is no network."""
+
+
+def nothing_answers(error):
+    """Whether there is no host, connection or reply in time. Status 401 or 500 is a reply."""
+    kinds = ""                                       # of errors of sockets, urllib, requests, httpx
+    while isinstance(error, Exception):
+        kinds += f"{type(error).__mro__} {errno.errorcode.get(getattr(error, 'errno', 0))}"
+        error = error.__cause__ or error.__context__ or getattr(error, "reason", None)
+    silence = re.search("gaierror|ConnectionError|NetworkError|Timeout|UNREACH", kinds)
+    return silence is not None and "SSLError" not in kinds
+
+
 def obtain(what, folder, download, name):
     """The way of all downloads: the folder, or FileNotFoundError saying why not and what to do."""
     try:
-        download(name, folder)
+        return download(name, folder) or folder
     except Exception as error:                       # the hub, zipfile and sockets have their own
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise FileNotFoundError(f"{what} is not in {folder} and could not be downloaded "
-                                f"({reason}); put it there, or name your own: --model FOLDER "
-                                f"--data-dir FOLDER") from error
-    return folder
+        kind = Offline if nothing_answers(error) else FileNotFoundError
+        raise kind(f"{what} is not in {folder} and could not be downloaded ({reason}); put it "
+                   f"there, or name your own: --model FOLDER --data-dir FOLDER") from error
 
 
 def has_weights(folder):
@@ -796,13 +821,21 @@ def has_weights(folder):
 
 
 def download_model(name, folder):
-    """Fetch a checkpoint from the Hugging Face hub unless it is there, with progress bars."""
+    """Fetch a checkpoint from the Hugging Face hub unless it is there, with progress bars.
+
+    Returns its folder in the hub's cache if it is whole there: nothing is fetched then.
+    """
     from huggingface_hub import HfApi, snapshot_download  # comes with tokenizers
 
     if has_weights(folder):
         return
-    HfApi().model_info(name, timeout=3)              # a silent network is found out in seconds
     wanted = ["config.json", "model*.safetensors*", *TOKENIZER_FILES, *GENERATION_FILES]
+    for known in (name, name.rpartition("/")[2]):    # BERT-base has an older name, without a slash
+        with suppress(OSError, ValueError):
+            cached = Path(snapshot_download(known, allow_patterns=wanted, local_files_only=True))
+            if has_weights(cached) and tokenizer_file(cached):
+                return cached
+    HfApi().model_info(name, timeout=3)              # a silent network is found out in seconds
     snapshot_download(name, local_dir=folder, allow_patterns=wanted, etag_timeout=5)
     if not has_weights(folder):
         raise OSError(f"{name} has no model.safetensors")

@@ -74,7 +74,7 @@ import time
 import warnings
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -323,10 +323,14 @@ def choose(rows, budget, metric):
     """The rows within the budget, best first; budget maps a key of a row to its largest value.
 
     The one-standard-error rule: of those within a standard error of the best, the smallest wins.
+    ValueError if a row lacks what the budget limits.
     """
     def worth(row):                                                  # what is not a number is worst
         return -math.inf if math.isnan(row["score"]) else gain(metric, 0, row["score"])
 
+    for row in rows:
+        for key in budget.keys() - row.keys():
+            raise ValueError(f"{row['name']} has no {key}: measure it first")
     left = [row for row in rows if all(row[key] <= most for key, most in budget.items())]
     chosen = []
     while left:
@@ -469,14 +473,31 @@ def plot_palette(path, rows, metric, heading, maxnet):
 
 @contextmanager
 def new_folder(folder):
-    """Yields a folder to fill; it becomes `folder` (absent or empty) once the block ends well."""
-    folder = folder.resolve()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
+    """Yields a folder to fill; it becomes `folder` (absent or empty) once the block ends well.
+
+    An empty one stays and is filled: it may be a mount point, or have rights of its own.
+    """
+    folder = Path(folder).resolve()
+    place = folder if is_empty(folder) else folder.parent
+    place.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=place, prefix=f".{folder.name}.") as scratch:
         beside = Path(scratch) / folder.name
         beside.mkdir()
         yield beside
-        os.replace(beside, folder)
+        if place != folder:
+            os.replace(beside, folder)
+            return
+        with ExitStack() as undo:
+            for path in beside.iterdir():
+                os.replace(path, folder / path.name)
+                undo.callback((folder / path.name).unlink)
+            undo.pop_all()                           # all went well: keep them
+
+
+def is_empty(folder):
+    """Whether a folder holds nothing, or only what systems put on a new volume."""
+    theirs = {"lost+found", ".DS_Store"}
+    return folder.is_dir() and {path.name for path in folder.iterdir()} <= theirs
 
 
 def export(small, folder, base, labels, card, onnx=False):
@@ -486,8 +507,8 @@ def export(small, folder, base, labels, card, onnx=False):
     with new_folder(folder) as beside:
         save_pretrained(small, beside, labels)
         for name in (*data.TOKENIZER_FILES, *data.GENERATION_FILES):
-            if (base / name).exists():
-                shutil.copyfile(base / name, beside / name)
+            if Path(base, name).exists():
+                shutil.copyfile(Path(base, name), beside / name)
         export_tokenizer(small, beside, data.load_tokenizer(base))
         (beside / "README.md").write_text(card, encoding="utf-8")
         if onnx:
@@ -594,7 +615,7 @@ def model_card(run, rows, metric, form, dtype, where):
     base = Path(run["base"]["folder"]).name
     note = f"**{run['note']}**\n\n" if run["note"] else ""
     return f"""---
-base_model: {base}
+base_model: {json.dumps(base, ensure_ascii=False)}
 tags: [mlfs]
 ---
 # {row['name']}: a slice of {base} for {run['task']}
@@ -1169,6 +1190,7 @@ def check_form(value, form, name="object"):
 
 def read_lines(path, form):
     """A row for each line of *.jsonl or *.jsonl.gz; ValueError names file, line and missing key."""
+    path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"there is no {path}")
 
@@ -1196,7 +1218,7 @@ def take_folder(folder, settings, resume, overwrite):
         check_settings(folder, old, settings)
         lock(folder)
         return old | {key: settings[key] for key in ("row", "base", "data")}    # where they are now
-    if folder.exists() and any(folder.iterdir()) and not overwrite:
+    if folder.exists() and not is_empty(folder) and not overwrite:
         raise FileExistsError(f"{folder} exists already; go on with --resume, replace it with "
                               f"--overwrite, or choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
@@ -1227,9 +1249,11 @@ def lock(folder):
     LOCKS.append(open(folder / ".lock", "w"))
     try:
         fcntl.lockf(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise FileExistsError(f"another run is writing to {folder}; wait for its end, or choose "
-                              f"another --out") from None
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise FileExistsError(f"another run is writing to {folder}; wait for its end, or "
+                                  f"choose another --out") from None
+        print(f"warning: {folder} cannot be locked: {error}", file=sys.stderr)
 
 
 def base_digest(folder):
@@ -1254,6 +1278,7 @@ def read_tensors(path):
     if not path.exists():
         raise FileNotFoundError(f"there is no {path}; the run has not got that far, or this is not "
                                 f"a run folder")
+    data.refuse_pointer(path)
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
@@ -1348,8 +1373,8 @@ def write_palette(folder, settings, task, rows, measured):
     text += f"{title(settings, metric)}\n\n{final_table(rows, metric)}\n"
     if "length" in measured:
         text += f"\n{table(rows, COLUMNS, metric)}\n\n{conditions(measured)}\n"
-    write_json(folder / "palette.json", content)
-    with replacing(folder / "palette.md") as path:
+    write_json(Path(folder, "palette.json"), content)
+    with replacing(Path(folder, "palette.md")) as path:
         path.write_text(text, encoding="utf-8")
 
 
@@ -1362,7 +1387,7 @@ def read_palette(folder):
 
     ValueError if it lacks what `write_palette` writes. Earlier versions wrote a "sha256" as well.
     """
-    path = folder / "palette.json"
+    path = Path(folder, "palette.json")
     if not path.exists():
         return {"metric": "", "measured": {}, "subnets": []}
     content = read_json(path)
@@ -1375,12 +1400,17 @@ def read_palette(folder):
 
 
 def device_name(device):
+    """What tells this device from others: a latency measured on one says nothing of another."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
-    try:
-        return re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
-    except (OSError, TypeError):                     # not Linux
-        return platform.processor() or platform.machine()
+    told = ""
+    with suppress(OSError):                          # not Linux
+        told = Path("/proc/cpuinfo").read_text()
+    if name := re.search(r"model name\s*: (?!ARM)(.*)", told):
+        return name[1]
+    # ARM's and Apple's have one name for all: their parts, the board and the host tell two apart.
+    parts = sorted(set(re.findall(r"(?:part|Hardware|Model)\s*: (.*)", told)))
+    return " ".join([device, platform.machine(), *parts, platform.node()])
 
 
 def conditions(measured):
@@ -1409,7 +1439,7 @@ RUN = {                                              # what is read of run.json
 
 def read_run(folder):
     """(run.json, 𝒜); ValueError if it lacks what a run writes."""
-    path = folder / "run.json"
+    path = Path(folder, "run.json")
     run = read_json(path)
     with naming(f"{path} is not one of ours, or was edited"):
         check_form(run, RUN)
@@ -1446,6 +1476,7 @@ def load_run(folder, device="cpu", dtype=torch.float32, base=None):
     base: where that is now, if not where the run found it. Raises FileNotFoundError or ValueError
     naming what is missing, damaged, or of another base.
     """
+    folder = Path(folder)
     run, space = read_run(folder)
     base = base or find_again(run["base"], folder)
     if not os.path.isdir(base):
@@ -1487,8 +1518,11 @@ def exit_on_bad_input(main):
 
     By convention ValueError and OSError carry that sentence; a bug keeps its traceback.
     """
-    for stream in (sys.stdout, sys.stderr):          # a terminal without Greek shows "?" for it
-        stream.reconfigure(errors="replace")
+    sys.stdout = sys.stdout or open(os.devnull, "w")             # None if the shell closed it
+    sys.stderr = sys.stderr or open(os.devnull, "w")
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError):               # a notebook's
+            stream.reconfigure(errors="replace")     # a terminal without Greek shows "?" for it
     try:
         return main()
     except BrokenPipeError:                          # who reads our output has seen enough
@@ -1513,6 +1547,8 @@ class Parser(ArgumentParser):
         description, _, epilog = documentation.partition("\n\n")
         form = partial(RawDescriptionHelpFormatter, max_help_position=26, width=100)
         super().__init__(usage=usage, description=description, epilog=epilog, formatter_class=form)
+        # A shell replaces ~ in `--out ~/x`, but not in `--out=~/x`.
+        self.register("type", Path, lambda text: Path(os.path.expanduser(text)))
 
     def error(self, message):
         raise ValueError(f"{message}; see --help")
@@ -1533,7 +1569,7 @@ def parse_arguments(argv):
         add("--" + budget.replace("_", "-"), type=float)
     one_of = parser.add_mutually_exclusive_group().add_argument
     one_of("--plot", type=Path)
-    one_of("--export", nargs=2)
+    one_of("--export", nargs=2, type=os.path.expanduser)
     one_of("--predict", nargs="?", const="-")
     one_of("--humaneval", type=Path)
     add("--pad-heads", action="store_true")
@@ -1575,8 +1611,7 @@ def check_options(args):
 def check_targets(args):
     """FileExistsError, or ValueError, if what is asked for cannot be written."""
     path = args.plot or Path(args.export[1])
-    empty = path.is_dir() and not any(path.iterdir())
-    if path.exists() and not empty:
+    if path.exists() and not is_empty(path):
         raise FileExistsError(f"{path} exists already; choose another name, or delete it")
     if args.onnx:
         require_package("--onnx", "onnx", "onnxscript", "onnxruntime")
@@ -1662,7 +1697,10 @@ def stored_rows(args, stored, now):
     """The rows of palette.json, if they answer what is asked; otherwise none."""
     if args.data_dir or not (args.plot or args.export or args.budget):
         return []
-    wanted = {key: now[key] for key in ("adapters", "dtype")}        # what scores depend on
+    # Scores depend on both. An export's card says in which dtype they were measured.
+    wanted = {key: now[key] for key in ("adapters", "dtype")}
+    if args.export:
+        del wanted["dtype"]
     if args.plot or args.max_latency_ms:
         wanted = now
     return stored["subnets"] if wanted.items() <= stored["measured"].items() else []
@@ -1703,7 +1741,8 @@ def keep_palette(run, rows, measured):
 
 def ship(args, run, rows, where):
     """--export, and what the transformers library can make of it; rows: the maxnet's, its own."""
-    maxnet, row = rows
+    # Their sizes on disk in --dtype, which may not be the one that they were measured in.
+    maxnet, row = (row | describe(run.model, subnet(row)) for row in rows)
     small, form = common_form(run.model.extract(run.subnets[0]), args.pad_heads)
     if args.pad_heads:                               # what was measured had no heads of zeros
         row = {key: value for key, value in row.items() if not key.endswith("_ms")}

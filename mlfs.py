@@ -31,7 +31,7 @@ import re
 import signal
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from fractions import Fraction
@@ -591,15 +591,16 @@ def add_up(tensors):
 
 def join_processes(args):
     """Under torchrun: one GPU each, or gloo between CPUs; rank 0 alone speaks."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
+    world = os.environ.get("WORLD_SIZE", "")         # no number: another tool has left it
+    if not world.isdecimal() or int(world) < 2 or dist.is_initialized():
         return
     if args.device.startswith("cuda"):
-        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         torch.cuda.set_device(evaluate.check_device(args.device))
     backend = "nccl" if args.device.startswith("cuda") else "gloo"
     dist.init_process_group(backend, timeout=timedelta(days=1))      # rank 0 may measure for long
     if dist.get_rank():
-        sys.stdout = open(os.devnull, "w")
+        sys.stdout = open(os.devnull, "w", errors="replace")
 
 
 @contextmanager
@@ -613,7 +614,10 @@ def stoppable():
         if processes()[1] == 1:
             signal.signal(number, signal.default_int_handler)
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        with suppress(ValueError):                   # Python lets the main thread alone do this
+            before[number] = signal.signal(number, stop)
     try:
         yield stopped
     finally:

@@ -14,6 +14,7 @@ B batch, T tokens, S tokens attended to, H hidden size, N heads, G key/value hea
 I intermediate size, r rank, C classes, V vocabulary.
 """
 import copy
+import errno
 import json
 import os
 import re
@@ -850,7 +851,7 @@ def short(value):
 def read_json(path):
     """A JSON object; FileNotFoundError or ValueError with the path and what is wrong."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8-sig"))
+        value = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no {path}") from None
     except (ValueError, RecursionError) as error:    # bad JSON, bad UTF-8, too deeply nested
@@ -941,6 +942,8 @@ def read_checkpoint(folder):
                 yield from [(name, file.get_tensor(name)) for name in file.keys()]
         except (SafetensorError, OSError) as error:
             what = "is damaged or cut short" if path.exists() else "is not there, but in the index"
+            if path.exists() and path.stat().st_size < 1024 and b"git-lfs" in path.read_bytes():
+                what = "is a Git LFS pointer; git lfs pull fetches the file"
             raise ValueError(f"{path} {what}: {str(error)[:200]}") from None
 
 
@@ -1069,6 +1072,16 @@ def initialise(model, seed=0):
 
 # -------------------------------------------------------------------------------------- saving
 
+def flush(path):
+    """Brings a file to the disk. Some network mounts refuse, and nothing is lost by that."""
+    try:
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+    except OSError as error:
+        if error.errno in (errno.EIO, errno.ENOSPC, errno.EDQUOT):
+            raise
+
+
 @contextmanager
 def replacing(path):
     """Yields a path beside `path` to write to; it replaces `path` only once the block ends well."""
@@ -1079,9 +1092,9 @@ def replacing(path):
         # The rights that the user's other new files get; safetensors' are private.
         mask = os.umask(0)
         os.umask(mask)
-        beside.chmod(0o666 & ~mask)
-        with open(beside, "rb+") as file:
-            os.fsync(file.fileno())
+        with suppress(OSError):                      # some network mounts have no rights to give
+            beside.chmod(0o666 & ~mask)
+        flush(beside)
         os.replace(beside, path)
     except SafetensorError as error:                 # its words for an OSError
         raise OSError(f"{path} could not be written: {error}") from None
@@ -1112,13 +1125,20 @@ def save_pretrained(model, folder, labels=()):
         path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
+# What config.json says of the original's weights, task and code.
+STALE = ("_name_or_path", "auto_map", "dtype", "finetuning_task", "problem_type",
+         "quantization_config", "task_specific_params", "torch_dtype")
+
+
 def stored_config(model, labels):
     """config.json in the checkpoint world's words."""
     config = model.config | {"model_type": model.model_type, "architectures": [model.architecture]}
-    for key in ("torch_dtype", "dtype", "auto_map"):                 # of the original
+    for key in STALE:
         config.pop(key, None)
     if "num_labels" in config:
         labels = labels or tuple(f"LABEL_{i}" for i in range(config["num_labels"]))
+        if config["num_labels"] == 1:                # otherwise a pipeline takes a score's sigmoid
+            config["problem_type"] = "regression"
         config["id2label"] = {str(i): label for i, label in enumerate(labels)}
         config["label2id"] = {label: i for i, label in enumerate(labels)}
     return {model.config_names.get(key, key): value for key, value in config.items()}

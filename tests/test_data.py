@@ -1,10 +1,20 @@
 """Readers, tokenising, batches, downloads and the toy language."""
 
+import errno
 import json
+import os
+import socket
+import ssl
+import tempfile
+import threading
+import types
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from urllib.error import HTTPError, URLError
 
+import huggingface_hub
+import huggingface_hub.errors
 import numpy as np
 import pytest
 import torch
@@ -12,6 +22,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from tokenizers.implementations import BertWordPieceTokenizer
 
 import data
+import evaluate
+from model import load_pretrained
 
 
 def write(folder, name: str, text: str) -> None:
@@ -542,7 +554,9 @@ def test_a_model_that_arrives_in_part_is_no_model(tmp_path, monkeypatch):
     def silent(*_, **__):
         raise TimeoutError
 
-    def partial(name, local_dir, **_):
+    def partial(name, local_dir=None, local_files_only=False, **_):
+        if local_files_only:
+            raise FileNotFoundError("not in the hub's cache")
         write(local_dir, "config.json", "{}")
 
     monkeypatch.setattr(data, "DOWNLOADS", tmp_path)
@@ -554,3 +568,131 @@ def test_a_model_that_arrives_in_part_is_no_model(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", silent)
     with pytest.raises(FileNotFoundError, match="BERT-base is not in .* .TimeoutError.; put it"):
         data.find_model("sst2")
+
+
+# The hub's client raises errors of httpx, or of an earlier or later library like it.
+NetworkError, TimeoutException, ProxyError = (
+    type(name, (Exception,), {}) for name in ("NetworkError", "TimeoutException", "ProxyError")
+)
+
+
+def caused_by(cause: Exception) -> Exception:
+    error = NetworkError("connection failed")
+    error.__cause__ = cause
+    return error
+
+
+def hub_says(status: int) -> Exception:
+    response = types.SimpleNamespace(status_code=status, headers={}, request=None)
+    return huggingface_hub.errors.HfHubHTTPError("Gateway Timeout", response=response)
+
+
+@pytest.mark.parametrize(
+    "error, falls_back",
+    [
+        (NetworkError("[Errno -2] Name or service not known"), True),
+        (TimeoutException("timed out"), True),
+        (URLError(socket.gaierror(-3, "Temporary failure in name resolution")), True),
+        (URLError(OSError(errno.ENETUNREACH, "Network is unreachable")), True),
+        (TimeoutError(), True),
+        (huggingface_hub.errors.OfflineModeIsEnabled("offline"), True),
+        (hub_says(401), False),
+        (hub_says(404), False),
+        (hub_says(504), False),
+        (HTTPError("https://x", 403, "Forbidden", {}, None), False),
+        (ProxyError("407 Proxy Authentication Required"), False),
+        (caused_by(ssl.SSLCertVerificationError(1, "self-signed certificate")), False),
+        (OSError(errno.EROFS, "Read-only file system"), False),
+        (zipfile.BadZipFile("File is not a zip file"), False),
+    ],
+)
+def test_only_a_missing_network_makes_the_toy_stand_in(
+    error, falls_back, tmp_path, monkeypatch, capsys
+):
+    """An answer such as 401, or a folder that cannot be written, is told instead."""
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(data, "DOWNLOADS", tmp_path)
+    monkeypatch.setattr(data, "download_model", fail)
+    if falls_back:
+        assert data.find_inputs("sst2", None, None)[0] == "toy"
+        assert "NO BERT-BASE ON SST2" in capsys.readouterr().out
+        return
+    with pytest.raises(FileNotFoundError, match="BERT-base is not in .* could not be downloaded"):
+        data.find_inputs("sst2", None, None)
+    assert not capsys.readouterr().out
+
+
+def no_network(*_, **__):
+    raise NetworkError("[Errno -2] Name or service not known")
+
+
+def test_what_is_there_is_used_though_the_folder_cannot_be_written(tmp_path, monkeypatch):
+    """`weights` on a read-only medium, with all that the task needs, and no network."""
+    monkeypatch.setattr(data, "DOWNLOADS", tmp_path)
+    write(tmp_path / "bert-base-uncased", "model.safetensors", "")
+    for name in ("train.tsv", "dev.tsv"):
+        write(tmp_path / "glue" / "SST-2", name, "")
+
+    def fail(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, "mkdir", fail)
+    monkeypatch.setattr(tempfile, "mkdtemp", fail)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", no_network)
+    places = (tmp_path / "bert-base-uncased", tmp_path / "glue")
+    assert data.find_inputs("sst2", None, None) == ("sst2", *places, "")
+
+
+@pytest.mark.parametrize("name", ["google-bert--bert-base-uncased", "bert-base-uncased"])
+def test_a_checkpoint_in_the_hubs_cache_is_found_without_network(name, tmp_path, monkeypatch):
+    """Under either name; but not one that lacks its tokenizer. The layout is the hub's own."""
+    monkeypatch.setattr(data, "DOWNLOADS", tmp_path / "weights")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", no_network)
+    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", no_network)
+    repository = tmp_path / f"models--{name}"
+    snapshot = repository / "snapshots" / ("0" * 40)
+    write(repository / "refs", "main", "0" * 40)
+    for file in ("config.json", "model.safetensors"):
+        write(snapshot, file, "{}")
+    with pytest.raises(data.Offline, match="Name or service not known"):
+        data.find_model("sst2")
+    write(snapshot, "vocab.txt", "[PAD]")
+    assert data.find_model("sst2") == snapshot
+    assert not (tmp_path / "weights").exists()
+
+
+POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 438000000\n"
+
+
+@pytest.mark.parametrize(
+    "name, read",
+    [
+        ("model.safetensors", lambda path: load_pretrained(path.parent)),
+        ("tokenizer.json", lambda path: data.load_tokenizer(path.parent)),
+        ("vocab.txt", lambda path: data.load_tokenizer(path.parent)),
+        ("SST-2/train.tsv", lambda path: data.load_task(data.TASKS["sst2"], path.parents[1])),
+        ("code.jsonl.gz", lambda path: data.load_code(path.parent)),
+        ("HumanEval.jsonl.gz", lambda path: evaluate.read_lines(path, {})),
+        ("adapters.safetensors", evaluate.read_tensors),
+    ],
+)
+def test_a_git_lfs_pointer_in_the_place_of_a_file_is_called_so(name, read, tmp_path):
+    config = (data.DOWNLOADS / "toy" / "config.json").read_text()
+    write(tmp_path, "config.json", config)
+    path = tmp_path / name
+    write(path.parent, path.name, POINTER)
+    with pytest.raises(ValueError, match=f"{path} is a Git LFS pointer; git lfs pull fetches"):
+        read(path)
+
+
+def test_a_pipe_is_read_once(tmp_path):
+    """As in `--humaneval <(zcat FILE)`: nothing may look into it before."""
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=(tmp_path / "pipe").write_text, args=('{"a": "b"}\n',))
+    writer.start()
+    assert evaluate.read_lines(tmp_path / "pipe", {"a": str}) == [{"a": "b"}]
+    writer.join()

@@ -191,7 +191,7 @@ def test_without_network_sst2_becomes_the_toy_behind_a_banner(tmp_path, monkeypa
     """
 
     def fails(*args):
-        raise OSError("no route to host")
+        raise ConnectionError("no route to host")
 
     monkeypatch.setattr(data, "DOWNLOADS", tmp_path)
     monkeypatch.setattr(data, "download_model", fails)

@@ -4,21 +4,27 @@ Every way to get a subnet gives the same function. Every refusal is one sentence
 nothing behind.
 """
 
+import errno
 import io
 import json
 import math
+import os
 import re
 import shutil
 import sys
+import tempfile
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 
 import curves
 import data
 import evaluate
+import mlfs
 from conftest import (
     FAMILIES,
     LOAD_TOY,
@@ -166,6 +172,59 @@ def test_the_best_within_the_budget_and_the_smaller_of_two_within_a_standard_err
     assert [row["name"] for row in evaluate.choose(losses, budget, "loss")] == names
 
 
+def test_a_budget_of_what_was_not_measured_is_refused():
+    """A palette that training wrote has no latencies; no row of it can be within one."""
+    rows = [row("timed", 2, 0.9, latency_ms=1.0), row("large", 1, 0.9)]
+    with pytest.raises(ValueError, match="large has no latency_ms: measure it first"):
+        evaluate.choose(rows, {"parameters": 5, "latency_ms": 3}, "accuracy")
+    assert evaluate.choose(rows, {"parameters": 1}, "accuracy") == rows[1:]
+
+
+ARM = "processor\t: 0\nBogoMIPS\t: 108.00\nCPU implementer\t: 0x41\nCPU part\t: {}\n"
+OLD_ARM = "model name\t: ARMv7 Processor rev 3 (v7l)\n"
+
+
+@pytest.mark.parametrize(
+    "one, other",
+    [
+        ((ARM.format("0xd08"), "pi"), (ARM.format("0xd0b"), "pi")),  # two parts
+        ((ARM.format("0xd08"), "kitchen"), (ARM.format("0xd08"), "garage")),
+        ((ARM + "Model\t: Pi 4\n", "pi"), (ARM + "Model\t: Rock 5\n", "pi")),
+        ((OLD_ARM, "kitchen"), (OLD_ARM, "garage")),
+        ((None, "mine.local"), (None, "yours.local")),  # Apple has no such file
+    ],
+)
+def test_the_latency_of_another_machine_answers_nothing(
+    one, other, copy, capsys, monkeypatch
+):
+    """Where the processor's name is the same for all of ARM's or Apple's, part and host count."""
+    calls = []
+    timed = {"latency_ms": 5.0, "latency_ms_range": [4.0, 6.0], "slice_ms": 6.0}
+    monkeypatch.setattr(
+        evaluate, "latency", lambda model, space, *_: calls.append(1) or [timed for _ in space]
+    )
+    monkeypatch.setattr(evaluate, "evaluate", lambda *_: {"score": 0.5, "stderr": 0.1})
+    read = Path.read_text
+
+    def board(cpuinfo, host):
+        def read_text(path, *args, **options):
+            if str(path) != "/proc/cpuinfo":
+                return read(path, *args, **options)
+            if cpuinfo is None:
+                raise FileNotFoundError(path)
+            return cpuinfo
+
+        monkeypatch.setattr(Path, "read_text", read_text)
+        monkeypatch.setattr(evaluate.platform, "node", lambda: host)
+        assert command(copy, "--max-latency-ms", 6) == 0
+
+    board(*one)
+    board(*one)
+    assert len(calls) == 1
+    board(*other)
+    assert len(calls) == 2
+
+
 def test_a_score_that_is_no_number_is_the_worst():
     rows = [row("nan", 1, math.nan, math.nan), row("high", 2, 9.0), row("low", 3, 5.0)]
     assert [r["name"] for r in evaluate.choose(rows, {}, "loss")] == ["low", "high", "nan"]
@@ -201,12 +260,10 @@ def test_a_budget_is_answered_from_the_stored_palette(copy, capsys, monkeypatch)
 @pytest.mark.parametrize("what", ["adapters", "dtype"])
 def test_scores_of_other_weights_are_measured_again(copy, what, capsys):
     """After an interrupted stage palette.json may be ahead of the adapters: never trust it then."""
-    true = stored(copy)[-1]["score"]
     rewrite(copy, lambda content: content["measured"].update({what: "another"}))
     rewrite(copy, lambda content: content["subnets"][-1].update(score=0.999))
-    assert command(copy, "--export", "w0.5-d2", copy.parent / "out") == 0
-    card = (copy.parent / "out" / "README.md").read_text()
-    assert f"| {100 * true:.1f} (" in card and "99.9" not in card
+    assert command(copy, "--max-params", 1e5 + stored(copy)[-1]["parameters"]) == 0
+    assert "99.9" not in capsys.readouterr().out
 
 
 def test_other_data_than_the_runs_are_refused(copy, monkeypatch, capsys):
@@ -301,13 +358,11 @@ def test_an_exported_slice_is_a_checkpoint_with_tokenizer_labels_and_model_card(
 
 
 @pytest.mark.parametrize("dtype, width", [("bfloat16", 2), ("float16", 2), ("float32", 4)])
-def test_the_file_has_the_type_and_size_that_the_table_says(
+def test_the_file_has_the_type_and_size_that_the_card_says(
     copy, dtype, width, capsys, monkeypatch
 ):
-    monkeypatch.setattr(  # half precision is slow here, and its scores are not the question
-        evaluate, "evaluate", lambda *_: {"score": 0.5, "stderr": 0.1, "accuracy": 0.5}
-    )
-    monkeypatch.setattr(evaluate, "latency", lambda model, space, *_: [{} for _ in space])
+    """No data set is needed: the scores are the run's, and the card says of which format."""
+    monkeypatch.delattr(data, "load_task")
     folder = copy.parent / "out"
     assert command(copy, "--export", "w1-d2", folder, "--dtype", dtype) == 0
     rows = stored(copy)
@@ -317,7 +372,35 @@ def test_the_file_has_the_type_and_size_that_the_table_says(
     size = (folder / "model.safetensors").stat().st_size
     assert size == pytest.approx(width * rows[1]["parameters"], rel=0.02)
     assert f"{width * rows[1]['parameters'] / 1e6:.1f} MB in {dtype}" in capsys.readouterr().out
-    assert stored(copy)[1]["size_mb"] == pytest.approx(width * 1e-6 * rows[1]["parameters"])
+    card = (folder / "README.md").read_text()
+    assert f"{width * rows[1]['parameters'] / 1e6:.1f} MB (" in card
+    assert f"Weights in {dtype}." in card and "Measured with dtype float32." in card
+
+
+@pytest.mark.parametrize("labels", [(), ("no", "maybe", "yes")])
+def test_an_export_says_nothing_of_the_task_that_its_base_was_made_for(labels, tmp_path):
+    """A pipeline of the transformers library gives our scores, or the softmax of our logits."""
+    model = FAMILIES["bert"](vocab_size=70, num_labels=len(labels) or 1)
+    model.config |= {"problem_type": "multi_label_classification", "finetuning_task": "mnli"}
+    model.config |= {"id2label": {"0": "cat"}, "label2id": {"cat": 0}, "_name_or_path": "/home/me"}
+    model.config |= {"task_specific_params": {"text-classification": {"top_k": 1}}}
+    model.config |= {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}}
+    evaluate.export(model, tmp_path / "out", data.DOWNLOADS / "toy", labels, "card")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    names = labels or ("LABEL_0",)
+    assert config["id2label"] == {str(i): name for i, name in enumerate(names)}
+    assert config["label2id"] == {name: i for i, name in enumerate(names)}
+    assert config.get("problem_type") == (None if labels else "regression")
+    stale = {"finetuning_task", "task_specific_params", "quantization_config", "_name_or_path"}
+    assert not stale & config.keys()
+    transformers = pytest.importorskip("transformers")
+    pipe = transformers.pipeline("text-classification", model=str(tmp_path / "out"), top_k=None)
+    ids = torch.tensor([data.load_tokenizer(tmp_path / "out").encode("the plot is good").ids])
+    z = model(ids)[0][0]
+    expected = z.softmax(-1) if labels else z
+    (answers,) = pipe(["the plot is good"])
+    said = {entry["label"]: entry["score"] for entry in answers}
+    assert said == pytest.approx(dict(zip(names, expected.tolist())), abs=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -381,6 +464,77 @@ def test_an_export_that_fails_leaves_nothing(copy, monkeypatch, capsys):
     assert command(copy, "--export", "w1-d2", folder) == 2
     assert capsys.readouterr().err == "error: No space left on device\n"
     assert [path.name for path in copy.parent.iterdir()] == ["toy"]
+
+
+@pytest.fixture
+def mount(tmp_path, monkeypatch):
+    """An empty volume: it cannot be renamed, and nothing can be created beside it."""
+    folder = tmp_path / "disk"
+    (folder / "lost+found").mkdir(parents=True)
+    folder.chmod(0o750)
+    replace, make = os.replace, tempfile.mkdtemp
+
+    def refuse_renaming(old, new):
+        if new == folder:
+            raise OSError(errno.EBUSY, "Device or resource busy", str(new))
+        replace(old, new)
+
+    def refuse_outside(suffix=None, prefix=None, dir=None):
+        if dir == tmp_path:
+            raise PermissionError(errno.EACCES, "Permission denied", str(dir))
+        return make(suffix, prefix, dir)
+
+    monkeypatch.setattr(os, "replace", refuse_renaming)
+    monkeypatch.setattr(tempfile, "mkdtemp", refuse_outside)
+    return folder
+
+
+def test_an_empty_folder_is_filled_and_keeps_its_rights(copy, mount, capsys):
+    assert command(copy, "--export", "w1-d2", mount) == 0
+    assert load_pretrained(mount).maxnet.layers == (0, 1)
+    assert mount.stat().st_mode & 0o777 == 0o750
+    names = {"config.json", "model.safetensors", "vocab.txt", "tokenizer.json", "README.md"}
+    names |= {"tokenizer_config.json"}
+    assert {path.name for path in mount.iterdir()} == names | {"lost+found"}
+    assert command(copy, "--export", "w1-d2", mount) == 2
+    assert "exists already" in capsys.readouterr().err
+
+
+def test_an_empty_folder_that_cannot_be_filled_is_left_empty(tiny, mount, tmp_path, monkeypatch):
+    tokenizer_files(tmp_path)
+    moved = []
+
+    def fail_at_the_third(old, new):
+        if new.parent == mount:
+            moved.append(new.name)
+            if len(moved) == 3:
+                raise OSError(errno.EIO, "Input/output error")
+        os.rename(old, new)
+
+    monkeypatch.setattr(os, "replace", fail_at_the_third)
+    with pytest.raises(OSError, match="Input/output error"):
+        evaluate.export(tiny, mount, tmp_path, (), "card")
+    assert len(moved) == 3 and [path.name for path in mount.iterdir()] == ["lost+found"]
+
+
+def test_a_folder_with_something_in_it_is_never_filled(tiny, tmp_path):
+    tokenizer_files(tmp_path)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "README.md").write_text("keep me")
+    with pytest.raises(OSError):
+        evaluate.export(tiny, tmp_path / "mine", tmp_path, (), "card")
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["README.md"]
+    assert (tmp_path / "mine" / "README.md").read_text() == "keep me"
+
+
+@pytest.mark.parametrize("name", ["v1: final", "no", "2024", "a #b", "'\"\\", "- x", "größe 😀"])
+def test_the_cards_header_is_yaml_whatever_the_base_is_called(run, name, tmp_path):
+    """Read by PyYAML, as the hub's own library does."""
+    settings = evaluate.read_run(run)[0]
+    settings["base"]["folder"] = str(tmp_path / name)
+    card = evaluate.model_card(settings, stored(run), "accuracy", "", "float32", "")
+    header = yaml.safe_load(card.split("---\n")[1])
+    assert header == {"base_model": name, "tags": ["mlfs"]}
 
 
 def test_nothing_that_exists_is_overwritten(copy, capsys, monkeypatch):
@@ -573,6 +727,33 @@ def test_one_supernet_serves_a_budget_that_changes_from_request_to_request():
     assert len(read) > 20 and read <= own
     for (phi, x), z in zip(requests, answers):
         assert (z - model.extract(phi)(**x)[0]).abs().max() < 1e-5
+
+
+def test_paths_may_be_plain_strings(copy, tiny, tmp_path):
+    run, model, space = evaluate.load_run(str(copy), base=str(data.DOWNLOADS / "toy"))
+    assert len(space) == 4 and evaluate.read_run(str(copy))[1] == space
+    content = evaluate.read_palette(str(copy))
+    before = (copy / "palette.json").read_bytes()
+    rows = content["subnets"]
+    evaluate.write_palette(str(copy), run, data.TASKS["toy"], rows, content["measured"])
+    assert (copy / "palette.json").read_bytes() == before
+    tokenizer_files(tmp_path)
+    evaluate.export(tiny, str(tmp_path / "out"), str(tmp_path), (), "card")
+    assert load_pretrained(str(tmp_path / "out")).maxnet == tiny.maxnet
+    (tmp_path / "x.jsonl").write_text('{"a": "b"}')
+    assert evaluate.read_lines(str(tmp_path / "x.jsonl"), {"a": str}) == [{"a": "b"}]
+    assert data.find_inputs("toy", str(data.DOWNLOADS / "toy"), None)[0] == "toy"
+
+
+def test_a_tilde_is_the_home_folder_also_after_an_equals_sign(monkeypatch, tmp_path):
+    """The shell does not replace it there."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    args, _ = mlfs.parse_arguments(["--out=~/x", "--model=~", "--data-dir=~/glue"])
+    assert (args.out, args.model) == (tmp_path / "x", tmp_path)
+    assert args.data_dir == tmp_path / "glue"
+    args = evaluate.parse_arguments(["~/x", "--model=~/b", "--export", "w1", "~/out"])
+    assert (args.run, args.model) == (tmp_path / "x", tmp_path / "b")
+    assert args.export == ["w1", str(tmp_path / "out")]
 
 
 # ------------------------------------------------------------------------------- what is refused

@@ -1,10 +1,16 @@
 """More than one process, and one that is stopped: the same adapters in the end."""
 
+import errno
+import fcntl
+import io
 import os
 import resource
 import shutil
 import signal
+import sys
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +23,7 @@ import data
 import evaluate
 import mlfs
 from conftest import FAMILIES, RUN_OPTIONS, load_small_toy
-from model import load_pretrained, save_pretrained
+from model import load_pretrained, replacing, save_pretrained
 
 
 def examples(family: str, n: int = 25) -> data.Examples:
@@ -164,6 +170,95 @@ def test_two_runs_cannot_write_to_one_folder(run, command, tmp_path, capsys):
     os.write(let_go[1], b".")
     os.waitpid(child, 0)
     assert command("--resume") == 0
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EAGAIN])
+def test_two_errors_mean_that_a_folder_is_locked(number, tmp_path, monkeypatch):
+    monkeypatch.setattr(fcntl, "lockf", refusing(number))
+    with pytest.raises(FileExistsError, match="another run is writing"):
+        evaluate.lock(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["ENOSYS", "ENOLCK", "EOPNOTSUPP", "EINVAL", "EIO", "EPERM"])
+def test_a_file_system_without_locks_is_warned_of_once(name, tmp_path, monkeypatch, capsys):
+    """FUSE, NFS without its lock service: nobody else is known to write there."""
+    monkeypatch.setattr(fcntl, "lockf", refusing(getattr(errno, name)))
+    evaluate.lock(tmp_path)
+    warning = capsys.readouterr().err
+    assert warning.count("\n") == 1 and f"warning: {tmp_path} cannot be locked" in warning
+
+
+def refusing(number: int):
+    def refuse(*_, **__):
+        raise OSError(number, os.strerror(number))
+
+    return refuse
+
+
+@pytest.mark.parametrize("name", ["EPERM", "EACCES", "EINVAL", "ENOTSUP", "ENOSYS", "EROFS"])
+@pytest.mark.parametrize("call", ["chmod", "fsync"])
+def test_a_file_is_replaced_where_rights_or_flushing_are_refused(call, name, tmp_path, monkeypatch):
+    """As CIFS and S3 mounts do."""
+    monkeypatch.setattr(os, call, refusing(getattr(errno, name)))
+    (tmp_path / "x").write_text("old")
+    with replacing(tmp_path / "x") as beside:
+        beside.write_text("new")
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["new"]
+
+
+@pytest.mark.parametrize("name", ["EIO", "ENOSPC", "EDQUOT"])
+def test_a_file_that_does_not_reach_the_disk_replaces_nothing(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "fsync", refusing(getattr(errno, name)))
+    (tmp_path / "x").write_text("old")
+    with pytest.raises(OSError), replacing(tmp_path / "x") as beside:
+        beside.write_text("new")
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
+
+
+def test_a_run_in_a_thread_leaves_signals_alone():
+    """Only the main thread may handle them."""
+    seen = []
+
+    def work():
+        with mlfs.stoppable() as stopped:
+            seen.append((stopped, signal.getsignal(signal.SIGTERM)))
+
+    before = signal.getsignal(signal.SIGTERM)
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [([], before)]
+
+
+@pytest.mark.parametrize("stream", [None, io.StringIO(), SimpleNamespace(write=len, flush=int)])
+def test_a_command_needs_no_terminal(stream, capsys, monkeypatch):
+    """None: the shell closed it (>&-). A notebook's has no `reconfigure`."""
+
+    def main():
+        print("Φ", flush=True)
+        print("𝒜", file=sys.stderr)
+        return 7
+
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, stream)
+    assert evaluate.exit_on_bad_input(main) == 7
+    assert sys.stdout is not None and sys.stderr is not None
+
+
+@pytest.mark.parametrize("value", ["", "abc", "0", "1", "-2", "2.0", " "])
+def test_what_another_tool_left_in_the_environment_starts_no_processes(value, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", value)
+    mlfs.join_processes(SimpleNamespace(device="cpu"))
+    assert mlfs.processes() == (0, 1) and not dist.is_initialized()
+
+
+def test_a_new_volume_is_an_empty_run_folder(tmp_path):
+    """Its lost+found is the system's; anything else is somebody's."""
+    (tmp_path / "lost+found").mkdir()
+    evaluate.take_folder(tmp_path, {"task": "toy"}, resume=False, overwrite=False)
+    assert {path.name for path in tmp_path.iterdir()} == {"lost+found", "run.json", ".lock"}
+    with pytest.raises(FileExistsError, match="exists already; go on with --resume"):
+        evaluate.take_folder(tmp_path, {"task": "toy"}, resume=False, overwrite=False)
 
 
 def test_a_full_disk_is_one_sentence_and_the_last_checkpoint_stays(
