@@ -54,11 +54,9 @@ import fcntl
 import glob
 import hashlib
 import importlib
-import inspect
 import json
 import logging
 import math
-import operator
 import os
 import pickle
 import platform
@@ -66,6 +64,7 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -849,28 +848,14 @@ def pass_at_k(rows, tasks, samples):
 
 # Of every process that a completion starts: bytes of memory and of a file, and counts.
 LIMITS = {"AS": 2 ** 30, "FSIZE": 2 ** 24, "NPROC": 8, "NOFILE": 64, "CORE": 0}
-
-
-class Linux:
-    """Numbers of the kernel's own header files."""
-    PR_SET_PDEATHSIG = 1
-    PR_SET_DUMPABLE = 4
-    PR_SET_CHILD_SUBREAPER = 36
-    PR_SET_NO_NEW_PRIVS = 38
-    CLONE_NEWIPC = 0x08000000
-    CLONE_NEWUSER = 0x10000000
-    CLONE_NEWPID = 0x20000000
-    CLONE_NEWNET = 0x40000000
-    LANDLOCK_CREATE_RULESET = 444
-    LANDLOCK_ADD_RULE = 445
-    LANDLOCK_RESTRICT_SELF = 446
-    LANDLOCK_WRITE = (0x1FF2, 0x3FF2, 0x7FF2)  # version 1: change files; 2: move; 3: truncate them
+libc = ctypes.CDLL(None)
 
 
 def ask(function, *args, **kwargs):
     """The judge has the worker call a function. Its exception is raised here."""
-    pickle.dump((function, args, kwargs), ask.calls)
-    returned, value = PlainUnpickler(ask.replies).load()
+    pickle.dump((function, args, kwargs), ask.worker)
+    ask.worker.flush()
+    returned, value = PlainUnpickler(ask.worker).load()
     if returned:
         return value
     # Of the program's making it would end a map() of the asserts.
@@ -880,20 +865,10 @@ def ask(function, *args, **kwargs):
     raise kind.__new__(kind)
 
 
-def remote(function):
-    return lambda self, *args, **kwargs: ask(function, self, *args, **kwargs)
-
-
 class Remote:
     """In the judge: an object of the program. It stays in the worker, and is used there."""
-    objects = []
-    __call__ = remote(operator.call)
-    __bool__ = remote(bool)
-    __iter__ = remote(iter)
-    __next__ = remote(next)
-    __len__ = remote(len)
-    __repr__ = remote(repr)
-    __str__ = remote(str)
+    objects = {}
+    __call__ = ask
 
     def __init__(self, number):
         self._number = number
@@ -912,6 +887,10 @@ class Remote:
         if repr(self) != repr(other):
             raise pickle.PicklingError
         return True
+
+
+for use in (bool, iter, len, next, repr, str):
+    setattr(Remote, f"__{use.__name__}__", lambda self, use=use: ask(use, self))
 
 
 def kept(number):
@@ -936,55 +915,44 @@ def plain(value):
             return kind(map(plain, value))
     if type(value) in (bool, int, float, str, bytes, type(None)):
         return value
-    Remote.objects.append(value)
-    return Remote(len(Remote.objects) - 1)
+    Remote.objects[id(value)] = value
+    return Remote(id(value))
 
 
-def define(program, name):
+def define(user, program, name):
     """The program's function, class or method of that name."""
+    give_up_rights(user)
     namespace = {}
     exec(program, namespace)
     return eval(name, namespace)
 
 
-def serve_calls(calls, replies, libc, user):
+def serve_calls(judge):
     """The worker: does with the program what it is asked, as often as it is asked."""
-    try:
-        give_up_rights(libc, user)
-    except OSError as error:
-        pickle.dump((False, str(error)), replies)
-        return calls.read()
     while True:
-        function, args, kwargs = pickle.load(calls)
+        function, args, kwargs = pickle.load(judge)
         try:
-            pickle.dump((True, plain(function(*args, **kwargs))), replies)
+            reply = (True, plain(function(*args, **kwargs)))
         except BaseException as error:
-            pickle.dump((False, type(error).__name__), replies)
+            reply = (False, type(error).__name__)
+        pickle.dump(reply, judge)
+        judge.flush()
 
 
-def beginning(source):
-    """As many first lines as are a program by themselves: a prompt ends anywhere."""
-    lines = source.splitlines(keepends=True)
-    while True:
-        with suppress(SyntaxError, ValueError):
-            compile("".join(lines), "prompt", "exec")
-            return "".join(lines)
-        lines.pop()
-
-
-def run_asserts(calls, replies):
+def run_asserts(user):
     """The judge: runs the asserts on a function that is called in the worker."""
-    ask.calls = calls
-    ask.replies = replies
     namespace = {}
     try:
         problem, completion = json.load(sys.stdin)
         prompt = problem["prompt"]
         name = problem["entry_point"]
-        entry = ask(define, prompt + completion + "\n", name)
-        # Asserts may use another function of the prompt.
-        with suppress(Exception):
-            exec(beginning(prompt), namespace)
+        entry = ask(define, user, prompt + completion + "\n", name)
+        # Asserts may use another function of the prompt. A prompt ends anywhere.
+        lines = prompt.splitlines(keepends=True)
+        for end in range(len(lines), 0, -1):
+            with suppress(Exception):
+                exec("".join(lines[:end]), namespace)
+                break
         namespace[name] = entry
         exec(problem["test"], namespace)
         namespace["check"](entry)
@@ -1010,7 +978,7 @@ def kill_all(worker):
             time.sleep(0.001)
 
 
-def give_up_rights(libc, user):
+def give_up_rights(user):
     """The worker gives up, for good, what a program does not need."""
     os.setsid()
     if user:
@@ -1019,71 +987,73 @@ def give_up_rights(libc, user):
         os.setuid(user)
     if sys.platform != "linux":
         return
-    libc.prctl(Linux.PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # die with the judge
-    libc.prctl(Linux.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)  # no sudo
+    libc.prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG: die with the judge
+    libc.prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS: no sudo
     # Landlock: write to no file outside of this folder and, from version 6 on, use no TCP and
     # signal no other process. Where the kernel does not have it, these calls do nothing.
-    version = libc.syscall(Linux.LANDLOCK_CREATE_RULESET, None, 0, 1)
-    write = Linux.LANDLOCK_WRITE[min(version, 3) - 1]
+    create = 444
+    add = 445
+    restrict = 446
+    version = libc.syscall(create, None, 0, 1)
+    # Change files; from version 2 on also move, from 3 on also truncate them.
+    write = (0x1FF2, 0x3FF2, 0x7FF2)[min(version, 3) - 1]
     rights = struct.pack("QQQ", write, 3, 3)
-    size = 24 if version >= 6 else 8
-    rules = libc.syscall(Linux.LANDLOCK_CREATE_RULESET, rights, size, 0)
+    rules = libc.syscall(create, rights, 24 if version >= 6 else 8, 0)
     folder = struct.pack("Qi", write, os.open(".", os.O_RDONLY))
-    libc.syscall(Linux.LANDLOCK_ADD_RULE, rules, 1, folder, 0)
-    libc.syscall(Linux.LANDLOCK_RESTRICT_SELF, rules, 0)
+    libc.syscall(add, rules, 1, folder, 0)
+    libc.syscall(restrict, rules, 0)
 
 
 def open_library(installed):
     """Python's library may lie below /root. A descriptor keeps it in reach of another user."""
-    packages = [module.__path__ for module in sys.modules.values() if hasattr(module, "__path__")]
     for library in (os.path.dirname(os.__file__), installed):
         opened = f"/proc/self/fd/{os.open(library, os.O_RDONLY)}"
-        for paths in [sys.path, *packages]:
+        for module in sys.modules.values():
+            paths = getattr(module, "__path__", sys.path)
             paths[:] = [path.replace(library, opened) for path in paths]
 
 
-def isolate(libc, user):
+def isolate():
     """Judge and worker get no network; the judge gets all orphans, and nobody sees into it."""
     if sys.platform != "linux":
         return
-    libc.prctl(Linux.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    libc.prctl(Linux.PR_SET_DUMPABLE, 0, 0, 0, 0)  # not to be traced, nor read through /proc
-    spaces = Linux.CLONE_NEWPID | Linux.CLONE_NEWNET | Linux.CLONE_NEWIPC
-    if not user:
-        spaces |= Linux.CLONE_NEWUSER  # by which others than root may, on some systems
-    libc.unshare(spaces)
+    libc.prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
+    libc.prctl(4, 0, 0, 0, 0)  # PR_SET_DUMPABLE: not to be traced, nor read through /proc
+    processes = 0x20000000
+    network = 0x40000000
+    messages = 0x08000000
+    users = 0x10000000 if os.getuid() else 0  # by which others than root may, on some systems
+    libc.unshare(processes | network | messages | users)
 
 
-def child(timeout, limits, user, installed):
+def child(timeout, user, installed):
     """The child interpreter's program: one verdict on standard output."""
-    libc = ctypes.CDLL(None)
     sys.path.append(installed)
     if user:
         open_library(installed)
-    isolate(libc, user)
+    isolate()
     verdict = os.dup(1)
     nowhere = os.open(os.devnull, os.O_RDWR)
     os.dup2(nowhere, 1)
     os.dup2(nowhere, 2)
-    calls = os.pipe()
-    replies = os.pipe()
+    here, there = socket.socketpair()
     worker = os.fork()
-    for name, limit in limits.items():
+    seconds = math.ceil(timeout)
+    for name, limit in (LIMITS | {"CPU": seconds}).items():
         with suppress(OSError, ValueError):  # macOS does not limit memory
             resource.setrlimit(getattr(resource, "RLIMIT_" + name), (limit, limit))
     if worker == 0:
         os.dup2(nowhere, 0)
-        for pipe in (verdict, calls[1], replies[0]):
-            os.close(pipe)
-        serve_calls(open(calls[0], "rb"), open(replies[1], "wb", buffering=0), libc, user)
-        os._exit(0)
-    os.close(calls[0])
-    os.close(replies[1])
+        os.close(verdict)
+        here.close()
+        serve_calls(there.makefile("rwb"))
+    there.close()
+    ask.worker = here.makefile("rwb")
 
     def finish(result):
         kill_all(worker)
-        used = sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
-        if result != "passed" and used > limits["CPU"] - 0.1:
+        used = sum(os.times()[2:4])  # by the worker
+        if result != "passed" and used > seconds - 0.1:
             result = "timed out"
         os.write(verdict, " ".join(result.split())[:80].encode(errors="replace"))
         os._exit(0)
@@ -1091,17 +1061,17 @@ def child(timeout, limits, user, installed):
     signal.signal(signal.SIGALRM, lambda *_: finish("timed out"))
     # By the clock it has ten times as long: it may have to wait for a processor.
     signal.setitimer(signal.ITIMER_REAL, 10 * timeout)
-    finish(run_asserts(open(calls[1], "wb", buffering=0), open(replies[0], "rb")))
+    finish(run_asserts(user))
 
 
-RUNNER = "\n\n".join((                               # the child's whole source
-    "import builtins, ctypes, glob, json, operator, os, pickle, resource, signal, struct",
+# The child's whole source: this section up to here.
+SOURCE = Path(__file__).read_text(encoding="utf-8")
+RUNNER = "\n".join((
+    "import builtins, ctypes, glob, json, math, os, pickle, resource, signal, socket, struct",
     "import sys, time",
     "from contextlib import suppress",
     "from functools import partial",
-    *map(inspect.getsource, (
-        Linux, ask, remote, Remote, kept, PlainUnpickler, plain, define, serve_calls,
-        beginning, run_asserts, kill_all, give_up_rights, open_library, isolate, child)),
+    SOURCE[SOURCE.index("LIMITS = {"):SOURCE.index("SOURCE = ")],
     "child(*json.loads(sys.argv[1]))",
 ))
 
@@ -1131,8 +1101,7 @@ def check_correctness(problem, completion, timeout=10.0):
                     raise
                 # The root of a container that has no such user.
                 user = 0
-        limits = LIMITS | {"CPU": math.ceil(timeout)}
-        settings = json.dumps([timeout, limits, user, os.path.dirname(np.__path__[0])])
+        settings = json.dumps([timeout, user, os.path.dirname(np.__path__[0])])
         output = subprocess.run(
             [sys.executable, "-I", "-S", "-c", RUNNER, settings],
             input=json.dumps([problem, completion]).encode(),
