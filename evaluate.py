@@ -51,7 +51,6 @@ import builtins
 import ctypes
 import errno
 import fcntl
-import glob
 import hashlib
 import importlib
 import json
@@ -72,6 +71,7 @@ import tempfile
 import time
 import warnings
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
@@ -753,9 +753,8 @@ def judged_before(path, made):
     """The completions in a file; ValueError if they were made with other settings than these."""
     if not path.exists():
         return []
-    text = path.read_bytes()
-    with replacing(path) as beside:                  # without a last line that a crash cut short
-        beside.write_bytes(text[:text.rfind(b"\n") + 1])
+    # A crash may have cut the last line short.
+    os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
     rows = read_lines(path, {"task_id": str, "sample": int, "passed": bool, "made": dict})
     for key, value in made.items():
         if any(row["made"].get(key) != value for row in rows):
@@ -779,14 +778,14 @@ def usable_cores():
 def check_sandbox(problems):
     """ValueError unless here, after all imports, a right program passes and a wrong one fails."""
     text = "\n".join(problem["prompt"] + "\n" + problem["test"] for problem in problems)
-    imports = set(re.findall(r"^import [\w.]+(?= as|$)|^from [\w.]+ import \w+", text, re.M))
-    prompt = "\n".join([*sorted(imports), "def f():\n"])
-    toy = {"prompt": prompt, "entry_point": "f", "test": "def check(f):\n    assert f()\n"}
-    for value, wanted in ((1, "passed"), (0, "failed: AssertionError")):
-        result = check_correctness(toy, f"    return {value}\n")["result"]
+    imports = re.findall(r"^(?:from [\w.]+ )?import [\w.]+(?= as|,|\s*$)", text, re.M)
+    prompt = "\n".join(sorted(set(imports))) + "\ndef f(): return "
+    problem = {"prompt": prompt, "entry_point": "f", "test": "def check(f): assert f()"}
+    for value, wanted in (("1", "passed"), ("0", "failed: AssertionError")):
+        result = check_correctness(problem, value)["result"]
         if result != wanted:
-            raise ValueError(f"programs cannot be judged here: {prompt + f'    return {value}'!r} "
-                             f"should be {wanted!r}, not {result!r}")
+            raise ValueError(f"programs cannot be judged here: {prompt + value!r} should be "
+                             f"{wanted!r}, not {result!r}")
 
 
 def humaneval(model, tokenizer, problems, path, origin, samples=1, batch_size=16, too_long=(),
@@ -804,21 +803,20 @@ def humaneval(model, tokenizer, problems, path, origin, samples=1, batch_size=16
     made = origin | settings
     rows = judged_before(path, made)
     done = {(row["task_id"], row["sample"]) for row in rows}
-    todo = [(sample, i) for sample in range(samples) for i, task in enumerate(tasks)
-            if (task, sample) not in done and task not in too_long]
-    todo.sort(key=lambda pair: len(problems[pair[1]]["prompt"]))             # less padding
+    todo = [(seed, problem) for seed, problem in enumerate(problems * samples)
+            if (problem["task_id"], seed // len(tasks)) not in done
+            and problem["task_id"] not in too_long]
+    todo.sort(key=lambda pair: len(pair[1]["prompt"]))               # less padding
     if todo:
         check_sandbox(problems)
-    with open(path, "a", encoding="utf-8") as file, ThreadPoolExecutor(usable_cores()) as pool:
+    with open(path, "a") as file, ThreadPoolExecutor(usable_cores()) as pool:
         for start in tqdm(range(0, len(todo), batch_size), unit=" batches", disable=None):
-            batch = todo[start:start + batch_size]
-            asked = [problems[i] for _, i in batch]
+            seeds, asked = zip(*todo[start:start + batch_size])
             prompts = [problem["prompt"].rstrip() for problem in asked]      # "\n    " is one token
-            seeds = [sample * len(problems) + i for sample, i in batch]
             texts = generate(model, tokenizer, prompts, stop=STOP, seeds=seeds, **settings)
             verdicts = pool.map(check_correctness, asked, texts)
-            for (sample, i), text, verdict in zip(batch, texts, verdicts):
-                rows.append({"task_id": tasks[i], "sample": sample,
+            for seed, problem, text, verdict in zip(seeds, asked, texts, verdicts):
+                rows.append({"task_id": problem["task_id"], "sample": seed // len(tasks),
                              "completion": text, "made": made} | verdict)
                 file.write(json.dumps(rows[-1]) + "\n")
             file.flush()
@@ -827,15 +825,13 @@ def humaneval(model, tokenizer, problems, path, origin, samples=1, batch_size=16
 
 def pass_at_k(rows, tasks, samples):
     """Mean over the problems, from rows of {"task_id", "sample", "passed"}."""
-    passed = dict.fromkeys(tasks, 0)
-    for row in rows:
-        if row["sample"] < samples and row["task_id"] in passed:
-            passed[row["task_id"]] += row["passed"]
+    passed = Counter(row["task_id"] for row in rows if row["passed"] and row["sample"] < samples)
     found = {}
-    for k in filter(lambda k: k <= samples, (1, 10, 100)):
-        chances = [estimate_pass_at_k(samples, count, k) for count in passed.values()]
-        found[f"pass@{k}"] = float(np.mean(chances))
-    ones = [count / samples for count in passed.values()]            # pass@1 of each problem
+    for k in (1, 10, 100):
+        if k <= samples:
+            chances = [estimate_pass_at_k(samples, passed[task], k) for task in tasks]
+            found[f"pass@{k}"] = float(np.mean(chances))
+    ones = [passed[task] / samples for task in tasks]                # pass@1 of each problem
     return found | {"stderr": float(np.std(ones) / np.sqrt(len(tasks)))}
 
 
@@ -849,6 +845,7 @@ def pass_at_k(rows, tasks, samples):
 # Of every process that a completion starts: bytes of memory and of a file, and counts.
 LIMITS = {"AS": 2 ** 30, "FSIZE": 2 ** 24, "NPROC": 8, "NOFILE": 64, "CORE": 0}
 libc = ctypes.CDLL(None)
+kept = {}                                            # the worker's objects that the judge uses
 
 
 def ask(function, *args, **kwargs):
@@ -867,14 +864,13 @@ def ask(function, *args, **kwargs):
 
 class Remote:
     """In the judge: an object of the program. It stays in the worker, and is used there."""
-    objects = {}
     __call__ = ask
 
     def __init__(self, number):
         self._number = number
 
     def __reduce__(self):
-        return kept, (self._number,)
+        return kept_object, (self._number,)
 
     def __getattr__(self, name):
         # Such as __array_interface__, an address that numpy would read.
@@ -893,29 +889,27 @@ for use in (bool, iter, len, next, repr, str):
     setattr(Remote, f"__{use.__name__}__", lambda self, use=use: ask(use, self))
 
 
-def kept(number):
-    return Remote.objects[number]
+def kept_object(number):
+    return kept[number]
 
 
 class PlainUnpickler(pickle.Unpickler):
     """Loads numbers, strings and containers of them; anything else is a Remote."""
     def find_class(self, module, name):
         # Not the class itself, which what is loaded could change.
-        return partial(Remote)
+        return lambda number: Remote(number)
 
 
 def plain(value):
     """Containers of derived kinds, such as Counter, as the kind they are derived from."""
     if type(value).__module__ == "numpy":
         value = value.tolist()
-    if isinstance(value, dict):
-        return dict(plain(list(value.items())))
-    for kind in (list, tuple, set, frozenset):
+    for kind in (dict, list, tuple, set, frozenset):
         if isinstance(value, kind):
-            return kind(map(plain, value))
+            return kind(map(plain, value.items() if kind is dict else value))
     if type(value) in (bool, int, float, str, bytes, type(None)):
         return value
-    Remote.objects[id(value)] = value
+    kept[id(value)] = value
     return Remote(id(value))
 
 
@@ -944,15 +938,15 @@ def run_asserts(user):
     namespace = {}
     try:
         problem, completion = json.load(sys.stdin)
-        prompt = problem["prompt"]
         name = problem["entry_point"]
-        entry = ask(define, user, prompt + completion + "\n", name)
+        entry = ask(define, user, problem["prompt"] + completion + "\n", name)
         # Asserts may use another function of the prompt. A prompt ends anywhere.
-        lines = prompt.splitlines(keepends=True)
-        for end in range(len(lines), 0, -1):
+        lines = problem["prompt"].split("\n")
+        while lines:
             with suppress(Exception):
-                exec("".join(lines[:end]), namespace)
+                exec("\n".join(lines), namespace)
                 break
+            lines.pop()
         namespace[name] = entry
         exec(problem["test"], namespace)
         namespace["check"](entry)
@@ -971,10 +965,10 @@ def kill_all(worker):
     mine = b"\nPPid:\t%d\n" % os.getpid()
     with suppress(ChildProcessError):
         while os.waitpid(-1, os.WNOHANG):
-            for path in glob.glob("/proc/[0-9]*/status"):
-                with suppress(OSError), open(path, "rb") as file:
+            for name in filter(str.isdigit, os.listdir("/proc")):
+                with suppress(OSError), open(f"/proc/{name}/status", "rb") as file:
                     if mine in file.read():
-                        os.kill(int(path.split("/")[2]), signal.SIGKILL)
+                        os.kill(int(name), signal.SIGKILL)
             time.sleep(0.001)
 
 
@@ -991,17 +985,15 @@ def give_up_rights(user):
     libc.prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS: no sudo
     # Landlock: write to no file outside of this folder and, from version 6 on, use no TCP and
     # signal no other process. Where the kernel does not have it, these calls do nothing.
-    create = 444
-    add = 445
-    restrict = 446
-    version = libc.syscall(create, None, 0, 1)
+    # 444 creates its rules, 445 adds to them, 446 restricts this process to them.
+    version = libc.syscall(444, None, 0, 1)
     # Change files; from version 2 on also move, from 3 on also truncate them.
     write = (0x1FF2, 0x3FF2, 0x7FF2)[min(version, 3) - 1]
     rights = struct.pack("QQQ", write, 3, 3)
-    rules = libc.syscall(create, rights, 24 if version >= 6 else 8, 0)
+    rules = libc.syscall(444, rights, 24 if version >= 6 else 8, 0)
     folder = struct.pack("Qi", write, os.open(".", os.O_RDONLY))
-    libc.syscall(add, rules, 1, folder, 0)
-    libc.syscall(restrict, rules, 0)
+    libc.syscall(445, rules, 1, folder, 0)
+    libc.syscall(446, rules, 0)
 
 
 def open_library(installed):
@@ -1019,11 +1011,10 @@ def isolate():
         return
     libc.prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
     libc.prctl(4, 0, 0, 0, 0)  # PR_SET_DUMPABLE: not to be traced, nor read through /proc
-    processes = 0x20000000
-    network = 0x40000000
-    messages = 0x08000000
-    users = 0x10000000 if os.getuid() else 0  # by which others than root may, on some systems
-    libc.unshare(processes | network | messages | users)
+    spaces = 0x20000000 | 0x40000000 | 0x08000000  # CLONE_NEWPID, NEWNET, NEWIPC
+    if os.getuid():
+        spaces |= 0x10000000  # CLONE_NEWUSER, by which others than root may, on some systems
+    libc.unshare(spaces)
 
 
 def child(timeout, user, installed):
@@ -1064,16 +1055,12 @@ def child(timeout, user, installed):
     finish(run_asserts(user))
 
 
-# The child's whole source: this section up to here.
+# The child's source: this section up to here.
 SOURCE = Path(__file__).read_text(encoding="utf-8")
-RUNNER = "\n".join((
-    "import builtins, ctypes, glob, json, math, os, pickle, resource, signal, socket, struct",
-    "import sys, time",
-    "from contextlib import suppress",
-    "from functools import partial",
-    SOURCE[SOURCE.index("LIMITS = {"):SOURCE.index("SOURCE = ")],
-    "child(*json.loads(sys.argv[1]))",
-))
+RUNNER = """import builtins, ctypes, json, math, os, pickle, resource, signal, socket
+import struct, sys, time
+from contextlib import suppress
+""" + SOURCE[SOURCE.index("LIMITS = {"):SOURCE.index("SOURCE = ")]
 
 
 def check_correctness(problem, completion, timeout=10.0):
@@ -1099,21 +1086,22 @@ def check_correctness(problem, completion, timeout=10.0):
             except OSError as error:
                 if error.errno != errno.EINVAL:
                     raise
-                # The root of a container that has no such user.
-                user = 0
-        settings = json.dumps([timeout, user, os.path.dirname(np.__path__[0])])
+                user = 0                             # a container's root has no such user
+        arguments = (timeout, user, os.path.dirname(np.__path__[0]))
         output = subprocess.run(
-            [sys.executable, "-I", "-S", "-c", RUNNER, settings],
-            input=json.dumps([problem, completion]).encode(),
+            [sys.executable, "-I", "-S", "-c", f"{RUNNER}child{arguments}"],
+            input=json.dumps([problem, completion]),
+            text=True,
+            errors="replace",
             stdout=subprocess.PIPE,
             # Which tells why the interpreter cannot start.
             stderr=subprocess.STDOUT,
             cwd=folder,
-            env={"HOME": folder, "TMPDIR": folder, "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"},
+            env={"HOME": folder, "TMPDIR": folder, "OMP_NUM_THREADS": "1"},
             start_new_session=True,
             timeout=10 * timeout + 10,
         ).stdout
-        result = (output.decode(errors="replace").splitlines() or ["failed"])[-1]
+        result = (output.splitlines() or ["failed"])[-1]
     except subprocess.TimeoutExpired:
         result = "timed out"
     finally:  # whatever the program did to the permissions or the depth of the folder
@@ -1771,9 +1759,8 @@ def print_humaneval(args, run, problems):
     settings = {key: getattr(args, key) for key in ("max_new_tokens", "temperature", "top_p")}
     origin = {"adapters": data.sha256([run.folder / "adapters.safetensors"]),
               "problems": data.sha256([args.humaneval]), "dtype": args.dtype}
-    room = run.model.max_tokens
     too_long = [problem["task_id"] for problem in problems
-                if len(run.tokenizer.encode(problem["prompt"].rstrip()).ids) >= room]
+                if len(run.tokenizer.encode(problem["prompt"]).ids) >= run.model.max_tokens]
     for phi in run.subnets:
         path = run.folder / f"humaneval-{phi.name}.jsonl"
         found = humaneval(run.model.extract(phi), run.tokenizer, problems, path, origin,

@@ -21,10 +21,9 @@ import evaluate
 from evaluate import check_correctness
 
 # Of evaluate.py's imports those that its judge needs.
-IMPORTS = """import builtins, ctypes, errno, glob, json, math, os, pickle, resource, signal, socket
+IMPORTS = """import builtins, ctypes, errno, json, math, os, pickle, resource, signal, socket
 import struct, subprocess, sys, tempfile, time
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 import json as np  # any package: where the others are
 """
