@@ -837,7 +837,7 @@ def pass_at_k(rows, tasks, samples):
 
 # ------------------------------------------------------------------------------------ the judge
 #
-# A child interpreter runs the functions below, not this file: it must not import torch, nor hold
+# A child interpreter runs this section, not this file: it must not import torch, nor hold
 # anything of ours. It forks. The *worker* runs the completion; the *judge* runs the asserts, on
 # values that it has the worker compute. So no secret is needed: the pipe for the verdict is open in
 # the judge alone, and nothing but plain data gets into the judge.
@@ -845,7 +845,7 @@ def pass_at_k(rows, tasks, samples):
 # Of every process that a completion starts: bytes of memory and of a file, and counts.
 LIMITS = {"AS": 2 ** 30, "FSIZE": 2 ** 24, "NPROC": 8, "NOFILE": 64, "CORE": 0}
 libc = ctypes.CDLL(None)
-kept = {}                                            # the worker's objects that the judge uses
+kept = {}                                            # in the worker: what the judge uses
 
 
 def ask(function, *args, **kwargs):
@@ -957,7 +957,7 @@ def run_asserts(user):
 
 def kill_all(worker):
     """Kills the worker and all its descendants: an orphan becomes a child of this process."""
-    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.alarm(0)
     os.kill(worker, signal.SIGKILL)
     with suppress(OSError):
         os.killpg(worker, signal.SIGKILL)
@@ -981,7 +981,7 @@ def give_up_rights(user):
         os.setuid(user)
     if sys.platform != "linux":
         return
-    libc.prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG: die with the judge
+    libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: die with the judge
     libc.prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS: no sudo
     # Landlock: write to no file outside of this folder and, from version 6 on, use no TCP and
     # signal no other process. Where the kernel does not have it, these calls do nothing.
@@ -1005,14 +1005,14 @@ def open_library(installed):
             paths[:] = [path.replace(library, opened) for path in paths]
 
 
-def isolate():
+def isolate(user):
     """Judge and worker get no network; the judge gets all orphans, and nobody sees into it."""
     if sys.platform != "linux":
         return
-    libc.prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
-    libc.prctl(4, 0, 0, 0, 0)  # PR_SET_DUMPABLE: not to be traced, nor read through /proc
+    libc.prctl(36, 1)  # PR_SET_CHILD_SUBREAPER
+    libc.prctl(4, 0)  # PR_SET_DUMPABLE: not to be traced, nor read through /proc
     spaces = 0x20000000 | 0x40000000 | 0x08000000  # CLONE_NEWPID, NEWNET, NEWIPC
-    if os.getuid():
+    if not user:
         spaces |= 0x10000000  # CLONE_NEWUSER, by which others than root may, on some systems
     libc.unshare(spaces)
 
@@ -1022,7 +1022,7 @@ def child(timeout, user, installed):
     sys.path.append(installed)
     if user:
         open_library(installed)
-    isolate()
+    isolate(user)
     verdict = os.dup(1)
     nowhere = os.open(os.devnull, os.O_RDWR)
     os.dup2(nowhere, 1)
@@ -1043,7 +1043,7 @@ def child(timeout, user, installed):
 
     def finish(result):
         kill_all(worker)
-        used = sum(os.times()[2:4])  # by the worker
+        used = sum(os.times()[2:4])  # by the worker and its children
         if result != "passed" and used > seconds - 0.1:
             result = "timed out"
         os.write(verdict, " ".join(result.split())[:80].encode(errors="replace"))
@@ -1091,7 +1091,7 @@ def check_correctness(problem, completion, timeout=10.0):
         output = subprocess.run(
             [sys.executable, "-I", "-S", "-c", f"{RUNNER}child{arguments}"],
             input=json.dumps([problem, completion]),
-            text=True,
+            encoding="utf-8",
             errors="replace",
             stdout=subprocess.PIPE,
             # Which tells why the interpreter cannot start.
