@@ -9,7 +9,6 @@ The way of an example: a line of a file, `Rows` (text), `Examples` (token ids), 
 import csv
 import errno
 import functools
-import gzip
 import hashlib
 import json
 import os
@@ -21,6 +20,7 @@ import tempfile
 import zipfile
 import zlib
 from contextlib import suppress
+from fileinput import FileInput, hook_compressed
 from pathlib import Path
 from typing import NamedTuple
 
@@ -96,6 +96,10 @@ class Rows(NamedTuple):
     labels: np.ndarray | None
     skipped: dict[str, int] = {}
 
+    def take(self, numbers):
+        labels = None if self.labels is None else self.labels[numbers]
+        return Rows([self.texts[i] for i in numbers], labels, self.skipped)
+
 
 def load_task(row, folder, train=True):
     """The labelled splits of a Task: train (if wanted), dev and, for MNLI, dev_mismatched.
@@ -107,9 +111,7 @@ def load_task(row, folder, train=True):
     elif not row.sentences:
         rows = load_toy()
     elif not row.dev:
-        whole = load_table(row, "train", folder)
-        held_out, rest = one_in(10, whole.texts, Path(folder, row.train))
-        rows = {"train": take(whole, rest), "dev": take(whole, held_out)}
+        rows = divide(load_table(row, "train", folder), 10, Path(folder, row.train))
     else:
         rows = {split: load_table(row, split, folder) for split in row.files
                 if train or split != "train"}
@@ -137,7 +139,9 @@ def load_table(row, split, folder):
     classes = class_numbers(row)
 
     def read(*cells):
-        *sentences, word = cells
+        "".join(cells).encode()                      # ValueError: JSON may hold half a character
+        # SST-2's sentences end with a blank, of which some tokenizers would make a token.
+        *sentences, word = map(str.strip, cells)
         label = classes.get(word) if classes else read_score(word)
         if label is None and word not in NO_LABEL:
             expected = ", ".join(classes) or "a number"
@@ -149,8 +153,9 @@ def load_table(row, split, folder):
     if not labelled:
         raise ValueError(f"{path} has no examples with a label")
     texts, labels = zip(*labelled)
-    skipped = {"without a label": len(found) - len(texts)} if len(texts) < len(found) else {}
-    return Rows(list(texts), np.array(labels, np.int64 if classes else np.float32), skipped)
+    labels = np.array(labels, np.int64 if classes else np.float32)
+    skipped = len(found) - len(texts)
+    return Rows(list(texts), labels, {"without a label": skipped} if skipped else {})
 
 
 NO_LABEL = ("", "-", "-1")                           # SNLI's for no majority; GLUE's in test.tsv
@@ -161,38 +166,31 @@ csv.field_size_limit(2 ** 31 - 1)                    # a long text is no error
 
 
 def read_table(path, columns, read, header=()):
-    """read(cells of these columns) of every row; without a header the first line is one."""
-    def rows(lines):
-        if suffix == ".csv":
-            return csv.reader(lines, strict=True)
-        return (line.rstrip("\r\n").split("\t") for line in lines)
-
-    def records(lines):
-        return json_lines(lines) if "json" in suffix else named(rows(lines), header, columns)
-
+    """read(texts in these columns) of every row; without a header the first line is one."""
     suffix = Path(path.name.removesuffix(".gz")).suffix
     if suffix not in (".csv", ".tsv", ".jsonl", ".json"):
         raise ValueError(f"{path}: convert it to .csv, .tsv or .jsonl; a .gz of these is read, too")
+
+    def records(lines):
+        if "json" in suffix:
+            return json_lines(lines)
+        if suffix == ".csv":
+            return named(csv.reader(lines, strict=True), header, columns)
+        return named((line.rstrip("\r\n").split("\t") for line in lines), header, columns)
+
     return read_file(path, records, lambda record: read(*[cell(record, c) for c in columns]))
 
 
 def read_file(path, records, read):
     """read(record) of all that `records` makes of the lines; ValueError names file and line."""
     refuse_pointer(path)
-    number = 0
-
-    def decoded(file):
-        nonlocal number
-        for line in file:                            # a U+2028 within a sentence ends no line
-            number += 1
-            yield line.decode("utf-8-sig")
-
-    unpack = gzip.open if path.suffix == ".gz" else open
-    try:
-        with unpack(path, "rb") as file:
-            return [read(record) for record in records(decoded(file))]
-    except (ValueError, csv.Error, EOFError, OSError, zlib.error, RecursionError) as error:
-        raise ValueError(f"{path}, line {number}: {error}") from None
+    with FileInput(path, mode="rb", openhook=hook_compressed) as file:
+        # In bytes, a U+2028 within a sentence ends no line.
+        lines = (line.decode("utf-8-sig") for line in file)
+        try:
+            return [read(record) for record in records(lines)]
+        except (ValueError, csv.Error, EOFError, OSError, zlib.error, RecursionError) as error:
+            raise ValueError(f"{path}, line {file.lineno()}: {error}") from None
 
 
 def json_lines(lines):
@@ -200,26 +198,21 @@ def json_lines(lines):
 
 
 def named(rows, header, columns):
-    """{column: cell} of each row that is not empty; the first one may be the header."""
-    for cells in rows:
-        if not any(cells):
-            continue
-        if header and len(cells) != len(header):
-            raise ValueError(f"{len(cells)} columns, not {len(header)} as in the header")
-        record = dict(zip(header or cells, cells))
-        if header:
-            yield record
-            continue
-        header = cells
-        for column in columns:
-            cell(record, column)                     # ValueError if there is none
-        if len(record) < len(header):
-            raise ValueError("the header has a name twice")
+    """{column: text} of each row that is not empty; the first one may be the header."""
+    rows = filter(any, rows)
+    header = header or next(rows, columns)
+    for column in columns:
+        cell(dict.fromkeys(header), column)          # ValueError if there is none
+    if len(set(header)) < len(header):
+        raise ValueError("the header has a name twice")
+    for row in rows:
+        if len(row) != len(header):
+            raise ValueError(f"{len(row)} columns, not {len(header)} as in the header")
+        yield dict(zip(header, row))
 
 
 def cell(record, column):
-    """The text in a column of a row, without blanks at its ends; ValueError if there is none."""
-    # SST-2's sentences end with a blank, of which some tokenizers would make a token.
+    """The text in a column of a row; ValueError if there is none."""
     if not isinstance(record, dict):
         raise ValueError("this is no JSON object")
     if column not in record and EXPORTED.get(column) in record:
@@ -232,18 +225,17 @@ def cell(record, column):
         raise ValueError(f"column {column!r} holds neither text nor a number")
     if value is None:
         return ""
-    text = value if isinstance(value, str) else json.dumps(value)
-    text.encode()                                    # ValueError: JSON may hold half a character
-    return text.strip()
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def class_numbers(row):
     """What a file may write for a class -> its number; {} for regression."""
-    classes = {word: i for i, word in enumerate(row.labels)}
+    numbers = range(len(row.labels))
+    classes = dict(zip(row.labels, numbers))
     # GLUE writes SST-2's classes as digits, RTE's as words. Where digits are the words themselves
     # (say 1 to 5 stars), or the words come from the user's file, a digit is not a number from 0.
     if row.folder and not any(word.isdigit() for word in row.labels):
-        classes |= {str(i): i for i in range(len(row.labels))}
+        classes |= {str(i): i for i in numbers}
     return classes
 
 
@@ -262,46 +254,38 @@ def own_task(train, dev, text, label, regression):
     sentences = tuple(text.split(","))
     if len(sentences) > 2:
         raise ValueError(f"--text {text}: name one column, or two for a pair")
-    labels = ()
-    metrics = ("pearson", "spearman")
-    if not regression:
-        labels = distinct_labels(paths[0], label)
-        metrics = ("accuracy", "macro_f1", "matthews")
+    labels = () if regression else distinct_labels(paths[0], label)
+    metrics = ("accuracy", "macro_f1", "matthews") if labels else ("pearson", "spearman")
     task = Task("", "", tuple(files[1:]), sentences, label, labels, metrics, files[0])
     return train.name.partition(".")[0], folder, task
 
 
 def distinct_labels(path, column):
     """The classes of a file, in order; ValueError if there are fewer than two."""
-    words = set(read_table(path, (column,), str)) - set(NO_LABEL)
+    words = sorted(set(read_table(path, (column,), str.strip)) - set(NO_LABEL))
     if len(words) < 2:
         raise ValueError(f"{path}: column {column!r} has {len(words)} classes; at least 2 are "
                          f"needed")
-    scores = {word: read_score(word) for word in words}
-    if None in scores.values():
-        return tuple(sorted(words))
-    return tuple(sorted(words, key=lambda word: (scores[word], word)))
+    if None not in map(read_score, words):
+        words.sort(key=read_score)
+    return tuple(words)
 
 
-def one_in(parts, texts, where):
-    """The numbers of 1 in so many rows, and of the others: copies of a text on one side.
+def divide(rows, parts, where):
+    """{"train", "dev"}: 1 in so many rows is for dev, with all copies of its text.
 
     Drawn with one seed for all runs, so that two of them are measured on the same rows.
     """
-    order = list(range(len(texts)))
+    order = list(range(len(rows.texts)))
     random.Random(0).shuffle(order)
-    distinct = list(dict.fromkeys(texts[number] for number in order))
+    distinct = list(dict.fromkeys(rows.texts[i] for i in order))
     if len(distinct) < 2:
         raise ValueError(f"{where} has {len(distinct)} different texts; at least 2 are needed")
     drawn = set(distinct[:max(1, len(distinct) // parts)])
-    return ([number for number in order if texts[number] in drawn],
-            [number for number in order if texts[number] not in drawn])
-
-
-def take(rows, numbers):
-    """These of the rows."""
-    labels = None if rows.labels is None else rows.labels[numbers]
-    return Rows([rows.texts[number] for number in numbers], labels, rows.skipped)
+    numbers = {"train": [], "dev": []}
+    for i in order:
+        numbers["dev" if rows.texts[i] in drawn else "train"].append(i)
+    return {split: rows.take(part) for split, part in numbers.items()}
 
 
 def fingerprint(rows):
@@ -341,39 +325,28 @@ def load_code(folder):
     for path in sorted(folder.rglob("*")):
         if "site-packages" in path.relative_to(folder).parts or not path.is_file():
             continue
-        for content in sources(path):
-            reason = why_not(content)
+        for text in sources(path):
+            reason = why_not(text)
             if reason:
                 skipped[reason] += 1
             else:
-                texts.append((content.decode(),))
+                texts.append((text,))
     # Whole files, for two windows of one file share names and lines.
-    dev, train = one_in(20, texts, f"{folder} (skipped: {skipped})")
-    rows = Rows(texts, None, skipped)
-    return {"train": take(rows, train), "dev": take(rows, dev)}
+    return divide(Rows(texts, None, skipped), 20, f"{folder} (skipped: {skipped})")
 
 
 def sources(path):
-    """The file itself, or the "content" of each line; ValueError names file and line."""
+    """The text of the file, or the "content" of each line; ValueError names file and line."""
     if path.suffix == ".py":
-        yield path.read_bytes()
-    elif path.name.endswith((".jsonl", ".jsonl.gz", ".json.gz")):    # the last are codeparrot's
-        yield from read_file(path, json_lines, content)
+        return [path.read_bytes().decode(errors="surrogateescape")]
+    if path.name.endswith((".jsonl", ".jsonl.gz", ".json.gz")):      # the last are codeparrot's
+        return read_table(path, ("content",), str)
+    return []
 
 
-def content(record):
-    """The bytes in the "content" field of a JSON line."""
-    text = record.get("content") if isinstance(record, dict) else None
-    if not isinstance(text, str):
-        raise ValueError('there is no "content" field with text')
-    return text.encode("utf-8", "surrogatepass")     # half a character counts as not UTF-8
-
-
-def why_not(content):
-    """Why a file is no good example: "not UTF-8", "empty", "generated", or "" if it is one."""
-    try:
-        text = content.decode()
-    except UnicodeDecodeError:
+def why_not(text):
+    """Why it is no good example: "not UTF-8", "empty", "generated", or "" if it is one."""
+    if re.search("[\ud800-\udfff]", text):           # what decodes no byte, and half a character
         return "not UTF-8"
     if not text.strip():
         return "empty"
