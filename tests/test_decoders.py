@@ -508,12 +508,12 @@ def test_code_is_read_from_json_lines_plain_and_packed(tmp_path):
 @pytest.mark.parametrize(
     "name, content, words",
     [
-        ("a.jsonl", b'{"content": "x"}\n{"text": "y"}\n', "a.jsonl, after line 1: .*content"),
-        ("a.jsonl", b'{"content": 3}\n', "after line 0"),
-        ("a.jsonl", b"[1]\n", "after line 0"),
-        ("a.jsonl", b"\xff\n", "after line 0"),
-        ("a.jsonl.gz", gzip.compress(b'{"content": "x = 1"}\n' * 99)[:-9], "not JSON lines"),
-        ("a.py", b"x = 1\n", "1 usable Python files; at least 2 are needed"),
+        ("a.jsonl", b'{"content": "x"}\n{"text": "y"}\n', "a.jsonl, line 2: .*no column 'content'"),
+        ("a.jsonl", b'{"content": [3]}\n', "line 1: column"),
+        ("a.jsonl", b"[1]\n", "line 1: this is no JSON object"),
+        ("a.jsonl", b"\xff\n", "line 1: 'utf-8' codec"),
+        ("a.jsonl.gz", gzip.compress(b'{"content": "x = 1"}\n' * 99)[:-9], "line 99: Compressed"),
+        ("a.py", b"x = 1\n", "has 1 different texts; at least 2 are needed"),
     ],
 )
 def test_code_that_cannot_be_read_is_refused_in_one_sentence(tmp_path, name, content, words):

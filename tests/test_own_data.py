@@ -98,7 +98,7 @@ def test_mrpc_with_the_columns_of_the_datasets_library(tmp_path):
     (tmp_path / "MRPC").mkdir()
     text = "sentence1\tsentence2\tlabel\tidx\na\tb\t1\t0\n"
     (tmp_path / "MRPC" / "dev.tsv").write_text(text)
-    assert data.load_glue("mrpc", "dev", tmp_path).texts == [("a", "b")]
+    assert data.load_table(data.GLUE["mrpc"], "dev", tmp_path).texts == [("a", "b")]
 
 
 GOOD = TEXT + "a,x\nb,y\n"
@@ -148,7 +148,7 @@ def test_a_bad_file_is_told_with_file_and_line(tmp_path, name, train, dev, colum
     [
         ("--train a.csv --text t", "--train FILE needs --text COLUMN and --label COLUMN"),
         ("--train a.csv --text t --label l --task rte", "stands in place of --task"),
-        ("--train a.csv --text t --label l", "there is no file .*a.csv"),
+        ("--train a.csv --text t --label l", "No such file or directory: .*a.csv"),
         ("--label l", "go with --train FILE"),
         ("--regression", "go with --train FILE"),
         ("--metric bleu", "no metric 'bleu' suits this task; choose from accuracy, f1"),

@@ -73,7 +73,7 @@ class Damage(NamedTuple):
 
 def read_glue(task: str, split: str) -> Callable:
     def read(folder: Path) -> object:
-        rows = data.load_glue(task, split, folder)
+        rows = data.load_table(data.GLUE[task], split, folder)
         assert len(rows.texts) == len(rows.labels) > 0 and np.isfinite(rows.labels).all()
         return rows.texts, rows.labels.tolist()
 
