@@ -706,8 +706,8 @@ def test_a_resumed_decoder_run_ends_with_the_same_bits(run, adapters, stage, mon
 @pytest.mark.parametrize(
     "options, words",
     [
-        (["--task", "sst2", "--model", "tiny"], "--task sst2 needs an encoder; tiny is a Llama"),
-        (["--task", "python", "--model", "bert"], "--task python needs a decoder; bert is a Bert"),
+        (["--task", "sst2", "--model", "tiny"], "this task needs an encoder; tiny is a Llama"),
+        (["--task", "python", "--model", "bert"], "this task needs a decoder; bert is a Bert"),
         (
             ["--task", "python", "--model", "tiny", "--subnets", "santacoder"],
             "santacoder is not for tiny",
