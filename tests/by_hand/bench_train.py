@@ -84,7 +84,7 @@ ENCODER = {"target_modules": ["query", "key", "value", "intermediate.dense"],
            "modules_to_save": ["pooler", "classifier"], "task_type": "SEQ_CLS"}
 
 
-def lora_steps(model, batches, places: dict, autocast: bool, device: str = "cpu") -> Iterator[float]:
+def lora_steps(model, batches, places: dict, autocast: bool, device: str = "cpu") -> Iterator:
     """The loss of each step of PEFT; what it trains is in float32."""
     from peft import LoraConfig, get_peft_model  # to compare with, not ours
     model = get_peft_model(model, LoraConfig(r=8, lora_alpha=8, **places)).train()

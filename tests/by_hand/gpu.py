@@ -21,8 +21,10 @@ import sys
 import tempfile
 import time
 import traceback
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -111,11 +113,11 @@ def palette_of(at, name, model):
     return mlfs.configuration_space(model.maxnet)
 
 
-def random_examples(at, name, rows, shortest, longest):
+def random_examples(at, name, rows, lengths):
     """Rows of random tokens and, for an encoder, labels; half of its tokens in the second text."""
     rng = np.random.default_rng(0)
     family, config = at.shape(name)
-    lengths = rng.integers(shortest, longest + 1, rows)
+    lengths = rng.choice(lengths, rows)
     if at.tiny:
         lengths = np.maximum(2, lengths // 8)
     ids = [rng.integers(config["vocab_size"], size=n).astype(np.int32) for n in lengths]
@@ -125,14 +127,29 @@ def random_examples(at, name, rows, shortest, longest):
     return data.Examples(ids, segments, rng.integers(2, size=rows))
 
 
-def our_steps(at, name, examples, batch_size, stage, checkpointing=False):
-    """Iterations of one stage, by `mlfs` itself, in bfloat16."""
+def our_steps(at, name, examples, batch_size, stage, checkpointing=False, in_order=True):
+    """Iterations of one stage, by `mlfs` itself, in bfloat16; in_order: as a run does it."""
     model = random_model(at, name)
     model.gradient_checkpointing = checkpointing
     hp = mlfs.HyperParameters(epochs=tuple(99 * (s == stage) for s in range(3)), gamma=1.0,
                               batch_size=batch_size, reorder=False)
     events = mlfs.mlfs(model, examples, palette_of(at, name, model), hp)
-    return (event for event in events if isinstance(event, mlfs.Updated))
+    updates = (event for event in events if isinstance(event, mlfs.Updated))
+    while True:
+        with one_order(in_order):
+            event = next(updates)
+        yield event
+
+
+@contextmanager
+def one_order(asked):
+    """What `mlfs.add_in_one_order` sets for a whole run."""
+    torch.use_deterministic_algorithms(asked)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def their_model(at, name, dtype):
@@ -157,18 +174,6 @@ def their_steps(at, name, examples, batch_size, dtype):
     batches = data.batches(examples, batch_size, (0, 0, 0), at.device)
     model = their_model(at, name, dtype)
     return bench_train.lora_steps(model, batches, LORA[name], True, at.device)
-
-
-def deterministic(steps):
-    """The same steps by torch's deterministic algorithms."""
-    while True:
-        torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False
-        try:
-            event = next(steps)
-        finally:
-            torch.use_deterministic_algorithms(False)
-        yield event
 
 
 class Contestant:
@@ -217,7 +222,7 @@ def logits(at, report):
             del x["segments"]
         cases[f"tiny {name}"] = (conftest.randomise_adapters(model), x)
     model = random_model(at._replace(device="cpu"), "BERT-base", torch.float32)
-    examples = random_examples(at, "BERT-base", 4, 64, 128)
+    examples = random_examples(at, "BERT-base", 4, (64, 100, 128))
     cases["BERT-base's shape"] = (model, next(data.batches(examples, 4))[0])
     for name, (model, x) in cases.items():
         space = mlfs.configuration_space(model.maxnet, (1, 0.5), (1, 0.5), (1, 0.5),
@@ -300,19 +305,14 @@ def training(at, report):
 
 def bits(at, report):
     """Whether two equal runs of all stages learn the same bits, by default and if asked to."""
-    cases = {"BERT-base": (64, 8, 128), "SantaCoder": (4, 400, 512)}
-    for name, (batch_size, shortest, longest) in cases.items():
-        examples = random_examples(at, name, 2 * batch_size, shortest, longest)
+    cases = {"BERT-base": (64, (32, 64, 128)), "SantaCoder": (4, (400, 512))}
+    for name, (batch_size, lengths) in cases.items():
+        examples = random_examples(at, name, 2 * batch_size, lengths)
         hp = mlfs.HyperParameters(epochs=(1, 1, 1), batch_size=batch_size)
         for asked in (False, True):
-            torch.use_deterministic_algorithms(asked)
-            torch.utils.deterministic.fill_uninitialized_memory = False
-            try:
+            with one_order(asked):
                 digests = [learned(at, name, examples, hp) for _ in range(2)]
-            finally:
-                torch.use_deterministic_algorithms(False)
-            report.add(f"bits, {name}'s shape", deterministic_algorithms=asked,
-                       same=digests[0] == digests[1])
+            report.add(f"bits, {name}'s shape", in_one_order=asked, same=digests[0] == digests[1])
 
 
 def learned(at, name, examples, hp):
@@ -324,9 +324,9 @@ def learned(at, name, examples, hp):
 
 # ------------------------------------------------------------------------- the two command lines
 
-def start(*words, log):
-    """A command of ours; what it prints goes to a file."""
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
+def start(*words, log, **more):
+    """A command of ours; what it prints goes to a file. more: of its environment."""
+    env = os.environ | {"OMP_NUM_THREADS": "1"} | more
     with open(log, "w") as file:
         return subprocess.Popen([sys.executable, *map(str, words)], cwd=ROOT, stdout=file,
                                 stderr=subprocess.STDOUT, env=env)
@@ -340,9 +340,9 @@ def finish(process, log, code=0):
     return text
 
 
-def toy(at):
+def toy(at, rows=3200):
     """Options of a short run on the toy."""
-    few = ["--train-examples", "1280", "--dev-examples", "100"] if at.tiny else []
+    few = ["--train-examples", "1280" if at.tiny else rows] if rows or at.tiny else []
     return ["mlfs.py", "--device", at.device, "--epochs", "1,1,1", *few]
 
 
@@ -429,70 +429,90 @@ def measure(at, report, folder):
 
 
 def whole_toy(at, report):
-    """`python mlfs.py` with its defaults, which the front page shows from a CPU."""
+    """All of the toy's training sentences, an epoch a stage."""
     with tempfile.TemporaryDirectory() as scratch:
         run = Path(scratch) / "toy"
-        words = toy(at) if at.tiny else ["mlfs.py", "--device", at.device]
-        begun = time.perf_counter()
-        process = start(*words, "--out", run, log=Path(scratch) / "log.txt")
+        process = start(*toy(at, rows=None), "--out", run, log=Path(scratch) / "log.txt")
         try:
             finish(process, Path(scratch) / "log.txt")
         finally:
             process.kill()
         settings = json.loads((run / "run.json").read_text())
-        report.add("the whole toy", seconds=time.perf_counter() - begun,
-                   seconds_by_stage=settings["seconds"], scores=scores(run),
-                   peak_gib=settings["peak_memory"] / 2 ** 30)
+        report.add("the whole toy, an epoch a stage", seconds_by_stage=settings["seconds"],
+                   peak_gib=settings["peak_memory"] / 2 ** 30, scores=scores(run))
 
 
 # ----------------------------------------------------------------------------------- what it costs
 
 def cost(at, report):
     """A step of stage 0 against PEFT's, an iteration of stage 2; in turns, medians."""
-    for lengths in ((128, 128), (8, 128), (5, 30)):
-        take_part(at, report, "BERT-base", 64, lengths)
-    take_part(at, report, "SantaCoder", 8, (512, 512))
-    free()
-    examples = random_examples(at, "CodeLlama", 8 * at.rounds, 512, 512)
-    one = Contestant(at, lambda: our_steps(at, "CodeLlama", examples, 8, 2, True), 2)
-    for _ in range(min(5, at.rounds)):
+    report.add("one small kernel", microseconds=1e3 * launch(at))
+    race(at, report, "BERT-base", 64, (128,), warm=6)
+    race(at, report, "BERT-base", 64, (10, 20, 30), warm=8)
+    race(at, report, "SantaCoder", 8, (512,), warm=4)
+    examples = random_examples(at, "CodeLlama", 80, (512,))
+    one = Contestant(at, lambda: our_steps(at, "CodeLlama", examples, 8, 2, True), 3)
+    for _ in range(4):
         one.step()
     report.add("cost, CodeLlama's shape, 8 x 512, stage 2, checkpointing", ms=np.median(one.ms),
-               peak_gib=one.peak)
-    one.steps.close()
-    free()
+               peak_gib=one.peak, busy_ms=busy(at, lambda: next(one.steps), times=1))
 
 
-def take_part(at, report, name, batch_size, lengths):
-    warm = 5
-    examples = random_examples(at, name, batch_size * (warm + at.rounds + 8), *lengths)
-    entrants = {
-        "stage 0": lambda: our_steps(at, name, examples, batch_size, 0),
-        "PEFT, weights bfloat16": lambda: their_steps(at, name, examples, batch_size,
-                                                      torch.bfloat16),
-        "PEFT, weights float32": lambda: their_steps(at, name, examples, batch_size,
-                                                     torch.float32),
-        "stage 2": lambda: our_steps(at, name, examples, batch_size, 2),
-        "stage 2, deterministic": lambda: deterministic(our_steps(at, name, examples, batch_size,
-                                                                  2)),
-    }
+def launch(at):
+    """Milliseconds to ask for a kernel that has nothing to do."""
+    one = torch.ones(1, device=at.device)
+
+    def ask():
+        for _ in range(1000):
+            one.add_(1)
+        evaluate.wait(one.device)
+
+    return float(np.median([bench_train.timed(ask) for _ in range(5)])) / 1000
+
+
+def race(at, report, name, batch_size, lengths, warm):
+    examples = random_examples(at, name, batch_size * (warm + at.rounds + 12), lengths)
+
+    def ours(stage, *more):
+        return lambda: our_steps(at, name, examples, batch_size, stage, *more)
+
+    def theirs(dtype):
+        return lambda: their_steps(at, name, examples, batch_size, dtype)
+
+    entrants = {"stage 0": ours(0), "PEFT, weights bfloat16": theirs(torch.bfloat16),
+                "PEFT, weights float32": theirs(torch.float32), "stage 2": ours(2),
+                "stage 2, in any order": ours(2, False, False)}
     if name == "SantaCoder":
-        entrants["stage 2, checkpointing"] = lambda: our_steps(at, name, examples, batch_size, 2,
-                                                               True)
+        entrants["stage 2, checkpointing"] = ours(2, True)
     runs = {who: Contestant(at, make, warm) for who, make in entrants.items()}
     bench_train.take_turns(runs, 0, at.rounds)
-    sizes = f"{batch_size} x {'-'.join(map(str, sorted(set(lengths))))}"
+    what = f"cost, {name}'s shape, {batch_size} x {'/'.join(map(str, lengths))}"
     for who, run in runs.items():
         low, median, high = np.quantile(run.ms, (0.1, 0.5, 0.9))
-        more = {}
-        if who in ("stage 0", "stage 2"):
-            more = {"gmacs": products(run), "of_peft": median / np.median(
-                runs["PEFT, weights bfloat16"].ms)}
-            more["tflops"] = 2 * more["gmacs"] / median
-        report.add(f"cost, {name}'s shape, {sizes}, {who}", ms=median, ms_range=[low, high],
-                   peak_gib=run.peak, **more)
+        report.add(f"{what}, {who}", ms=median, ms_range=[low, high], peak_gib=run.peak)
+    for who, run in runs.items():
+        ms = busy(at, lambda: next(run.steps))
+        gmacs = products(run) if who in ("stage 0", "stage 2") else 0
+        report.add(f"{what}, {who}, the GPU alone", busy_ms=ms, gmacs=gmacs,
+                   tflops=2 * gmacs / max(ms, 1e-9))
     runs.clear()
     free()
+
+
+def busy(at, step, times=3):
+    """Milliseconds that the GPU computes for a step: the sum of its kernels; 0 if not told."""
+    if at.device == "cpu":
+        return 0.0
+    kernels = [torch.profiler.ProfilerActivity.CUDA]
+    try:
+        with torch.profiler.profile(activities=kernels) as noted:
+            for _ in range(times):
+                step()
+            evaluate.wait(torch.device(at.device))
+        return sum(e.self_device_time_total for e in noted.key_averages()) / 1e3 / times
+    except RuntimeError as error:
+        print(f"no profile: {error}")
+        return 0.0
 
 
 def products(run, times=4):
@@ -513,20 +533,24 @@ def free():
 def latency(at, report):
     """The palette: each subnet cut out and in place; the maxnet against the transformers library's.
     """
-    for name, batches in (("BERT-base", (1, 64)), ("SantaCoder", (1, 8))):
-        for dtype in (torch.bfloat16, torch.float32):
-            model = random_model(at, name, dtype)
-            theirs = their_model(at, name, dtype).eval()
-            space = palette_of(at, name, model)
-            for batch in batches:
-                tokens = 128
-                rows = evaluate.latency(model, space, batch, tokens, runs=at.rounds // 5 + 1)
-                what = f"latency, {name}'s shape, {dtype}, {batch} x {tokens}"
-                report.add(what, cut={phi.name: row["latency_ms"] for phi, row in zip(space, rows)},
-                           in_place={phi.name: row["slice_ms"] for phi, row in zip(space, rows)})
-                report.add(f"{what}, the whole", **against_theirs(at, model, theirs, batch, tokens))
-            del model, theirs
-            free()
+    cases = [("BERT-base", torch.bfloat16, 1, 64), ("BERT-base", torch.float32, 1, 64),
+             ("SantaCoder", torch.bfloat16, 1, 8)]
+    for name, dtype, *batches in cases:
+        model = random_model(at, name, dtype)
+        theirs = their_model(at, name, dtype).eval()
+        space = palette_of(at, name, model)
+        for batch in batches:
+            what = f"latency, {name}'s shape, {dtype}, {batch} x 128"
+            rows = evaluate.latency(model, space, batch, 128, rounds=4, runs=3)
+            report.add(what, cut={phi.name: row["latency_ms"] for phi, row in zip(space, rows)},
+                       in_place={phi.name: row["slice_ms"] for phi, row in zip(space, rows)})
+            report.add(f"{what}, the whole", **against_theirs(at, model, theirs, batch, 128))
+            ids = torch.ones(batch, 128, dtype=torch.long, device=at.device)
+            cut = {phi.name: model.extract(phi) for phi in space}
+            report.add(f"{what}, the GPU alone", cut={key: busy(
+                at, lambda: small(ids, features=())) for key, small in cut.items()})
+        del model, theirs, cut
+        free()
 
 
 def against_theirs(at, model, theirs, batch, tokens):
@@ -584,33 +608,35 @@ def processes(at, report):
 # -------------------------------------------------------------------------------------- the tests
 
 def suite(at, report):
-    """The ordinary tests, on this machine."""
-    log = at.folder / "suite.txt"
-    few = ["tests/test_slicing.py"] if at.tiny else ["tests"]
-    workers = ["-n", "12"] if importable("xdist") else []
-    begun = time.perf_counter()
-    process = start("-m", "pytest", "-q", "-rfE", "--tb=short", "--maxfail=40", "-p",
-                    "no:cacheprovider", *workers, *few, log=log)
+    """The ordinary tests, which hide the GPU from themselves; and so that they use it."""
+    runs = {}
+    for name, more in {"on the CPU": {}, "with the GPU": {"CUDA_VISIBLE_DEVICES": "0"}}.items():
+        log = at.folder / f"tests {name}.txt".replace(" ", "-")
+        words = ["-n", "5"] if find_spec("xdist") else []
+        words += ["--timeout", "60"] if find_spec("pytest_timeout") else []
+        words += ["tests/test_slicing.py" if at.tiny else "tests"]
+        runs[name] = log, start("-m", "pytest", "-q", "-rfE", "--tb=short", "--maxfail=40", "-p",
+                                "no:cacheprovider", *words, log=log, **more)
     try:
-        process.wait()
+        deadline = time.monotonic() + 100
+        for name, (log, process) in runs.items():
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(deadline - time.monotonic())
+            process.send_signal(signal.SIGINT)       # it then tells what it has found so far
+            process.wait()
+            lines = log.read_text().splitlines()
+            failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+            report.add(f"tests, {name}", summary=lines[-1], failed=failed)
     finally:
-        process.kill()
-    lines = log.read_text().splitlines()
-    failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
-    report.add("tests", seconds=time.perf_counter() - begun, code=process.returncode,
-               summary=lines[-1], failed=failed)
-
-
-def importable(name):
-    return subprocess.run([sys.executable, "-c", f"import {name}"],
-                          stderr=subprocess.DEVNULL).returncode == 0
+        for _, process in runs.values():
+            process.kill()
 
 
 # ------------------------------------------------------------------------------------ all parts
 
 PARTS = {"logits": (logits, 60), "training": (training, 60), "bits": (bits, 60),
-         "commands": (commands, 120), "cost": (cost, 120), "latency": (latency, 60),
-         "processes": (processes, 80), "toy": (whole_toy, 150), "suite": (suite, 150)}
+         "commands": (commands, 115), "cost": (cost, 120), "latency": (latency, 60),
+         "processes": (processes, 110), "toy": (whole_toy, 120), "suite": (suite, 120)}
 
 
 class Report:
@@ -653,10 +679,10 @@ def time_limit(seconds):
 
 
 def versions():
-    found = {"python": platform.python_version(), "torch": torch.__version__}
-    for name in ("transformers", "peft"):
-        if importable(name):
-            found[name] = __import__(name).__version__
+    found = {"python": platform.python_version()}
+    for name in ("torch", "transformers", "peft"):
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
     return found
 
 
