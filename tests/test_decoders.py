@@ -468,7 +468,7 @@ def test_code_is_read_from_json_lines_plain_and_packed(tmp_path):
         ("a.jsonl", b'{"content": 3}\n', "after line 0"),
         ("a.jsonl", b"[1]\n", "after line 0"),
         ("a.jsonl", b"\xff\n", "after line 0"),
-        ("a.jsonl.gz", gzip.compress(b'{"content": "x = 1"}\n' * 99)[:-9], "not JSON lines"),
+        ("a.jsonl.gz", gzip.compress(b'{"content": "x"}\n' * 99, mtime=0)[:-9], "not JSON lines"),
         ("a.py", b"x = 1\n", "1 usable Python files; at least 2 are needed"),
     ],
 )
