@@ -143,7 +143,11 @@ def attention(q, k, v, bias):
     """
     _, N, T, D = q.shape
     G = k.size(1)
-    if G < N:
+    if G < N and T > 1 and q.device.type != "cpu":
+        # A GPU works on all heads of a gradient at once: with one for all it is mostly idle.
+        k = k.repeat_interleave(N // G, dim=1)
+        v = v.repeat_interleave(N // G, dim=1)
+    elif G < N:
         # Heads that share a key are just more queries of it: no key is copied.
         q = q.reshape(-1, G, N // G * T, D)
         if bias is not None and T > 1:

@@ -1,3 +1,4 @@
+import os
 import sys
 from pathlib import Path
 
@@ -12,6 +13,11 @@ import mlfs  # noqa: E402
 from model import GPT, Bert, Llama, SubnetConfig, SuperTransformer  # noqa: E402
 
 torch.set_num_threads(1)  # tiny models; more threads only wait for each other
+
+
+def pytest_configure():
+    """The tests are for a CPU. CUDA_VISIBLE_DEVICES=0 runs those of the command line on a GPU."""
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 
 @pytest.fixture

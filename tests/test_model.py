@@ -66,6 +66,20 @@ def test_both_attention_kernels_give_the_textbook_formula(dtype):
     assert torch.allclose(got, expected, atol=1e-5 if dtype == torch.float32 else 3e-2)
 
 
+@pytest.mark.parametrize("tokens, heads", [(6, 4), (1, 1)])
+def test_off_the_cpu_attention_has_a_key_head_for_each_head(tokens, heads, monkeypatch):
+    """Shapes alone are known on "meta"; a single token, as in generation, needs no copies of keys.
+    Values: `tests/by_hand/gpu.py`, part logits."""
+    seen = []
+    kernel = F.scaled_dot_product_attention
+    spy = lambda *args, **more: seen.append([x.size(1) for x in args]) or kernel(*args, **more)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    q = torch.empty(2, 4, tokens, 8, device="meta")
+    k = torch.empty(2, 1, 6, 8, device="meta")
+    assert attention(q, k, k, None).shape == q.shape
+    assert seen == [[heads] * 3]
+
+
 @pytest.mark.parametrize("trained", ["xAB", "AB"])
 def test_the_gradient_by_hand_is_that_of_finite_differences(trained):
     """∂y of y = x Wᵀ + b + (x A) B, W and b frozen, in float64."""

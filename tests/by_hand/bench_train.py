@@ -72,21 +72,32 @@ def ours(minilm: str, glue: str, dtype: str, stage: int = 0) -> Iterator:
 
 def theirs(minilm: str, glue: str, dtype: str, attention: str) -> Iterator:
     """LoRA with the PEFT library: the same adapters, head, batches, optimiser and clipping."""
-    from peft import LoraConfig, get_peft_model  # to compare with, not ours
-    from transformers import BertForSequenceClassification
+    from transformers import BertForSequenceClassification  # to compare with, not ours
     model = BertForSequenceClassification.from_pretrained(
         minilm, num_labels=2, attn_implementation=attention, hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0, dtype=torch.float32)
-    model = get_peft_model(model, LoraConfig(
-        r=8, lora_alpha=8, target_modules=["query", "key", "value", "intermediate.dense"],
-        modules_to_save=["pooler", "classifier"], task_type="SEQ_CLS")).train()
+    batches = data.batches(sst2(minilm, glue), 64, (0, 0, 0))
+    return lora_steps(model, batches, ENCODER, dtype == "bfloat16")
+
+
+ENCODER = {"target_modules": ["query", "key", "value", "intermediate.dense"],
+           "modules_to_save": ["pooler", "classifier"], "task_type": "SEQ_CLS"}
+
+
+def lora_steps(model, batches, places: dict, autocast: bool, device: str = "cpu") -> Iterator:
+    """The loss of each step of PEFT; what it trains is in float32."""
+    from peft import LoraConfig, get_peft_model  # to compare with, not ours
+    model = get_peft_model(model, LoraConfig(r=8, lora_alpha=8, **places)).train()
     trained = [p for p in model.parameters() if p.requires_grad]
+    for p in trained:
+        p.data = p.data.float()
     optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.0, fused=True)
-    for x, y in data.batches(sst2(minilm, glue), 64, (0, 0, 0)):
+    for x, y in batches:
         mask = torch.ones_like(x["ids"]) if x["mask"] is None else x["mask"]
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
-            z = model(input_ids=x["ids"], attention_mask=mask, token_type_ids=x["segments"]).logits
-            loss = torch.nn.functional.cross_entropy(z.float(), y)
+        segments = {"token_type_ids": x["segments"]} if "segments" in x else {}
+        with torch.autocast(device, torch.bfloat16, enabled=autocast):
+            z = model(input_ids=x["ids"], attention_mask=mask, **segments).logits
+            loss = torch.nn.functional.cross_entropy(z.float().flatten(0, -2), y.flatten())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
