@@ -505,6 +505,9 @@ def test_code_is_read_from_json_lines_plain_and_packed(tmp_path):
     assert texts == {f"{name} = {i}\n" for name in "yz" for i in range(4)}
 
 
+CODE = b'{"content": "x = 1"}\n'
+
+
 @pytest.mark.parametrize(
     "name, content, words",
     [
@@ -512,7 +515,7 @@ def test_code_is_read_from_json_lines_plain_and_packed(tmp_path):
         ("a.jsonl", b'{"content": [3]}\n', "line 1: column"),
         ("a.jsonl", b"[1]\n", "line 1: this is no JSON object"),
         ("a.jsonl", b"\xff\n", "line 1: 'utf-8' codec"),
-        ("a.jsonl.gz", gzip.compress(b'{"content": "x = 1"}\n' * 99, mtime=0)[:-9], "line 99: Compressed"),
+        ("a.jsonl.gz", gzip.compress(CODE * 99, mtime=0)[:-9], "line 99: Compressed"),
         ("a.py", b"x = 1\n", "has 1 different texts; at least 2 are needed"),
     ],
 )
