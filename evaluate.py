@@ -53,7 +53,6 @@ import errno
 import fcntl
 import glob
 import hashlib
-import importlib
 import inspect
 import json
 import logging
@@ -76,8 +75,9 @@ from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -92,7 +92,6 @@ import data
 from model import (
     Cache,
     Decoder,
-    ElasticLinear,
     SubnetConfig,
     SuperTransformer,
     checkpoint_files,
@@ -157,7 +156,7 @@ def spearman(predictions, labels):
 
 OF_CLASSES = {"accuracy": accuracy, "f1": f1, "macro_f1": macro_f1, "matthews": matthews}
 OF_SCORES = {"pearson": pearson, "spearman": spearman}
-METRICS: dict[str, Callable] = OF_CLASSES | OF_SCORES
+METRICS = OF_CLASSES | OF_SCORES
 
 
 def rank_metrics(row, first=None):
@@ -191,8 +190,7 @@ def standard_error(metric, predictions, labels):
     """√(p(1-p)/n) for accuracy; for the others the spread over 500 seeded bootstrap samples."""
     n = len(labels)
     if metric == "accuracy":
-        p = accuracy(predictions, labels)
-        return float(np.sqrt(p * (1 - p) / n))
+        return float((predictions == labels).std() / np.sqrt(n))
     rng = np.random.default_rng(0)
     scores = []
     for _ in range(500):
@@ -204,16 +202,20 @@ def standard_error(metric, predictions, labels):
 # --------------------------------------------------------------------- the palette, and its table
 
 @torch.inference_mode()
+def outputs(model, phi, examples, batch_size=64):
+    """Logits (M, C) and labels (M,), shortest example first."""
+    device = next(model.parameters()).device
+    parts = []
+    for x, y in data.batches(examples, batch_size, device=device):
+        parts.append((model(**x, phi=phi, features=())[0], y))
+    return map(torch.cat, zip(*parts))
+
+
 def predict(model, phi, examples, batch_size=64):
     """Predicted classes (or scores) and their labels, shortest example first."""
-    device = next(model.parameters()).device
-    outputs = []
-    labels = []
-    for x, y in data.batches(examples, batch_size, device=device):
-        z, _ = model(**x, phi=phi, features=())                                  # (B, C)
-        outputs.append(z.argmax(-1) if z.size(-1) > 1 else z[:, 0])
-        labels.append(y)
-    return torch.cat(outputs).cpu().numpy(), torch.cat(labels).cpu().numpy()
+    z, labels = outputs(model, phi, examples, batch_size)
+    predictions = z.argmax(-1) if z.size(-1) > 1 else z[:, 0]
+    return predictions.cpu().numpy(), labels.cpu().numpy()
 
 
 @torch.inference_mode()
@@ -258,13 +260,12 @@ def describe(model, phi):
     """
     small = model.skeleton(phi)
     dtype = next(model.parameters()).dtype
-    linears = [m for m in small.layers.modules() if isinstance(m, ElasticLinear)]
     parameters = sum(p.numel() for p in small.parameters())
     return {"name": phi.name, "heads": phi.num_attention_heads, "hidden_size": phi.hidden_size,
             "intermediate_size": phi.intermediate_size, "layers": list(phi.layers),
             "parameters": parameters, "size_mb": parameters * dtype.itemsize / 1e6,
             "encoder_parameters": sum(p.numel() for p in small.layers.parameters()),
-            "macs": sum(linear.weight.numel() for linear in linears)}
+            "macs": sum(p.numel() for p in small.layers.parameters() if p.dim() == 2)}
 
 
 def subnet(row):
@@ -290,33 +291,26 @@ def latency(model, space, batch_size=1, length=128, rounds=5, runs=4):
     ids = torch.ones(batch_size, length, dtype=torch.long, device=device)
 
     def milliseconds(forward, *inputs):
-        wait(device)
         start = time.perf_counter()
         forward(*inputs, features=())
-        wait(device)
+        if device.type != "cpu":                     # which has only been told what to do
+            torch.accelerator.synchronize(device)
         return 1e3 * (time.perf_counter() - start)
 
-    times = [{"latency_ms": [], "slice_ms": []} for _ in space]
+    rows = [{"latency_ms": [], "slice_ms": []} for _ in space]
     for _ in range(rounds):
-        for phi, own in zip(space, times):
+        for phi, row in zip(space, rows):
             small = model.extract(phi)                               # one copy at a time
             milliseconds(small, ids)                                 # warms up
             milliseconds(model, ids, None, phi)
             for _ in range(runs):
-                own["latency_ms"].append(milliseconds(small, ids))
-                own["slice_ms"].append(milliseconds(model, ids, None, phi))
-    rows = [{} for _ in space]
-    for row, own in zip(rows, times):
-        for key, values in own.items():
-            low, row[key], high = np.quantile(values, (0.1, 0.5, 0.9)).tolist()
+                row["latency_ms"].append(milliseconds(small, ids))
+                row["slice_ms"].append(milliseconds(model, ids, None, phi))
+    for row in rows:
+        for key in ("latency_ms", "slice_ms"):
+            low, row[key], high = np.quantile(row[key], (0.1, 0.5, 0.9)).tolist()
             row[key + "_range"] = [low, high]
     return rows
-
-
-def wait(device):
-    """Until a GPU has done what it was given."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
 
 
 def choose(rows, budget, metric):
@@ -355,7 +349,7 @@ def millions(count):
     return f"{count / 1e6:.2f}M"
 
 
-COLUMNS: dict[str, tuple[str, Callable | None]] = {  # of a row: heading, format (None: a score's)
+COLUMNS = {                                          # of a row: heading, format (None: a score's)
     "name": ("subnet", str),
     "heads": ("heads", str),
     "intermediate_size": ("FFN", str),
@@ -402,9 +396,7 @@ def table(rows, keys, metric):
 def final_table(rows, metric, last=0):
     """The palette with a column for each of the `last` moments that were measured (0: for all),
     oldest first, the standard error of the last, and the task's other metrics then."""
-    moments = list(rows[0].get("history", ["score"]))
-    if last:
-        moments = moments[-last:]
+    moments = list(rows[0].get("history", ["score"]))[-last:]        # [-0:] is all
     others = [key for key in (*METRICS, "accuracy_mismatched") if key != metric]
     keys = ["name", "parameters", "encoder_parameters", *moments, "stderr", *others]
     return table([row | row.get("history", {}) for row in rows], keys, metric)
@@ -424,12 +416,9 @@ def title(run, metric):
 
 def require_package(option, *packages):
     """ValueError unless the optional packages of an option are installed."""
-    try:
-        for package in packages:
-            importlib.import_module(package)
-    except ImportError:
+    if not all(map(find_spec, packages)):
         raise ValueError(f"{option} needs what is not among the requirements: pip install "
-                         f"{' '.join(packages)}") from None
+                         f"{' '.join(packages)}")
 
 
 @contextmanager
@@ -457,7 +446,7 @@ def plot_palette(path, rows, metric, heading, maxnet):
         for axis, key, unit in ((left, "parameters", 1e6), (right, "latency_ms", 1)):
             costs = [row[key] / unit for row in rows]
             for moment, mark in (("sliced teacher", "x"), ("reordered", "+")):
-                if moment in rows[0].get("history", {}):
+                if moment in maxnet:
                     old = [points * row["history"][moment] for row in rows]
                     axis.plot(costs, old, mark, color="gray", label=f"{moment}, not trained yet")
             axis.errorbar(costs, scores, errors, fmt="o", capsize=2, label="MLFS")
@@ -528,7 +517,7 @@ def export_tokenizer(small, folder, tokenizer):
         settings["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
     settings.setdefault("pad_token", tokenizer.id_to_token(pad))     # batches need one
     tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
+    write_json(folder / "tokenizer_config.json", settings)
 
 
 def common_form(small, pad):
@@ -537,12 +526,12 @@ def common_form(small, pad):
     own = config["num_attention_heads"]
     heads = common_heads(small)
     shape = f"{own} heads of {config['head_dim']} at hidden size {config['hidden_size']}"
-    if heads == own and not pad:
-        return small, "The transformers library can load it."
-    if heads is None and not pad:
-        return small, f"No library but this one can express {shape}, padded or not."
-    if heads in (own, None):
+    if pad and heads in (own, None):
         raise ValueError(f"--pad-heads: nothing to pad, or no number of heads helps {shape}")
+    if heads == own:
+        return small, "The transformers library can load it."
+    if heads is None:
+        return small, f"No library but this one can express {shape}, padded or not."
     padded = pad_heads(small, heads)
     before = millions(describe(small, small.maxnet)["parameters"])
     after = millions(describe(padded, padded.maxnet)["parameters"])
@@ -634,7 +623,6 @@ Layers kept, from 0: {row['layers']}. Weights in {dtype}. {form}
 
 # --------------------------------------------------------- using a model, and generating text
 
-@torch.inference_mode()
 def answer(model, phi, tokenizer, task, text, max_length):
     """The label of a sentence and each class's probability, or a score; a pair has a tab between.
 
@@ -646,9 +634,7 @@ def answer(model, phi, tokenizer, task, text, max_length):
         raise ValueError(f"{text[:80]!r} has {len(sentences)} parts separated by tabs; the task "
                          f"takes {wanted}")
     rows = data.Rows([sentences], np.zeros(1, dtype=np.int64))
-    device = next(model.parameters()).device
-    x, _ = next(data.batches(data.encode(tokenizer, rows, max_length), 1, device=device))
-    z = model(**x, phi=phi, features=())[0][0]                               # (C,)
+    (z,), _ = outputs(model, phi, data.encode(tokenizer, rows, max_length))  # (C,)
     if not task.labels:
         return f"{z.item():.3f}"
     shares = z.softmax(-1).tolist()
@@ -689,7 +675,8 @@ def generate(model, tokenizer, prompts, max_new_tokens=256, temperature=0.0, top
 @torch.inference_mode()
 def extend(model, phi, encoded, most, next_tokens, has_ended):
     """The tokens, at most so many, that come after each row; ValueError if there is no room."""
-    longest = max(map(len, encoded))
+    lengths = [len(tokens) for tokens in encoded]
+    longest = max(lengths)
     room = model.max_tokens
     if longest >= room:
         raise ValueError(f"a prompt of {longest} tokens leaves no room in the model's {room} "
@@ -698,20 +685,19 @@ def extend(model, phi, encoded, most, next_tokens, has_ended):
     device = next(model.parameters()).device
     ids = pad_sequence([torch.tensor(tokens) for tokens in encoded], batch_first=True,
                        padding_side="left").to(device)               # (B, T)
-    padded = torch.tensor([[longest - len(tokens)] for tokens in encoded], device=device)
+    padded = torch.tensor([[longest - n] for n in lengths], device=device)
     mask = (torch.arange(total, device=device) >= padded).long()
-    mask = None if mask.all() else mask                              # without one it is faster
+    unpadded = min(lengths) == longest                               # without a mask it is faster
     cache = Cache(total)
     new = [[] for _ in encoded]
-    running = set(range(len(encoded)))
+    running = range(len(encoded))
     for length in range(longest, total):
-        seen = None if mask is None else mask[:, :length]
+        seen = None if unpadded else mask[:, :length]
         states, _ = model.encode(ids, seen, phi, cache)
         ids = next_tokens(model.logits(states[:, -1]))
-        for row in sorted(running):
+        for row in running:
             new[row].append(int(ids[row]))
-            if has_ended(new[row]):
-                running.discard(row)
+        running = [row for row in running if not has_ended(new[row])]
         if not running:
             break
     return new
