@@ -148,9 +148,9 @@ def pearson(predictions, labels):
 
 def spearman(predictions, labels):
     """Correlation of the ranks; ties share their mean rank."""
-    def ranks(values):
-        _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-        return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+    def ranks(values):                               # doubled: the values below, and those up to it
+        order = np.sort(values)
+        return np.searchsorted(order, values) + np.searchsorted(order, values, "right")
     return pearson(ranks(predictions), ranks(labels))
 
 
@@ -252,6 +252,11 @@ SIZES = {"name": str, "heads": int, "hidden_size": int, "intermediate_size": int
          "parameters": int, "size_mb": float, "encoder_parameters": int, "macs": int}
 
 
+def count(module):
+    """How many parameters."""
+    return sum(p.numel() for p in module.parameters())
+
+
 def describe(model, phi):
     """SIZES of Φ, counted on its stand-alone model: parameters in all and in the encoder's layers.
 
@@ -259,12 +264,12 @@ def describe(model, phi):
     "size_mb" is 10^6 bytes on disk, in the model's number format.
     """
     small = model.skeleton(phi)
-    dtype = next(model.parameters()).dtype
-    parameters = sum(p.numel() for p in small.parameters())
+    width = next(model.parameters()).itemsize
+    parameters = count(small)
     return {"name": phi.name, "heads": phi.num_attention_heads, "hidden_size": phi.hidden_size,
             "intermediate_size": phi.intermediate_size, "layers": list(phi.layers),
-            "parameters": parameters, "size_mb": parameters * dtype.itemsize / 1e6,
-            "encoder_parameters": sum(p.numel() for p in small.layers.parameters()),
+            "parameters": parameters, "size_mb": parameters * width / 1e6,
+            "encoder_parameters": count(small.layers),
             "macs": sum(p.numel() for p in small.layers.parameters() if p.dim() == 2)}
 
 
@@ -349,44 +354,41 @@ def millions(count):
     return f"{count / 1e6:.2f}M"
 
 
-COLUMNS = {                                          # of a row: heading, format (None: a score's)
-    "name": ("subnet", str),
-    "heads": ("heads", str),
-    "intermediate_size": ("FFN", str),
-    "hidden_size": ("hidden", str),
-    "layers": ("layers", lambda layers: str(len(layers))),
-    "parameters": ("parameters", millions),
-    "encoder_parameters": ("encoder", millions),
-    "macs": ("MACs per token", millions),
-    "size_mb": ("on disk", "{:.1f} MB".format),
-    "score": ("score", None),
-    "stderr": ("± s.e.", None),
-    "latency_ms": ("median ms [10%, 90%]", "{:.2f}".format),
-    "slice_ms": ("in place, ms", "{:.2f}".format),
+COLUMNS = {                                          # of a row, with their headings
+    "name": "subnet", "heads": "heads", "intermediate_size": "FFN", "hidden_size": "hidden",
+    "layers": "layers", "parameters": "parameters", "encoder_parameters": "encoder",
+    "macs": "MACs per token", "size_mb": "on disk", "score": "score", "stderr": "± s.e.",
+    "latency_ms": "median ms [10%, 90%]", "slice_ms": "in place, ms",
 }
-SHARED = ("parameters", "encoder_parameters", "macs", "size_mb", "score", "latency_ms", "slice_ms")
+COSTS = {                                            # of these, what a subnet saves; its format
+    "parameters": millions, "encoder_parameters": millions, "macs": millions,
+    "size_mb": "{:.1f} MB".format, "latency_ms": "{:.2f}".format, "slice_ms": "{:.2f}".format,
+}
 
 
 def table(rows, keys, metric):
     """Markdown, a line per row; of the keys those that the first row has.
 
-    After SHARED values stands their share of the first row's, unless that means nothing: of a loss,
-    of a score that is 0 or less. A latency's 10% and 90% quantiles stand in brackets.
+    After COSTS and scores stands their share of the first row's, unless that means nothing: of a
+    loss, of a score that is 0 or less. A latency's 10% and 90% quantiles stand in brackets.
     """
     def cell(row, key):
         if key not in row:                           # the latency of a padded subnet
             return ""
-        form = COLUMNS.get(key, (key, None))[1]
-        text = form(row[key]) if form else show(metric, row[key])
+        value = len(row[key]) if key == "layers" else row[key]
+        text = show(metric, value) if isinstance(value, float) else str(value)
+        if key in COSTS:
+            text = COSTS[key](value)
         if key + "_range" in row:
             quantiles = [f"{value:.2f}" for value in row[key + "_range"]]
             text += f" [{', '.join(quantiles)}]"
-        if key in SHARED and (key, metric) != ("score", "loss") and rows[0][key] > 0:
-            text += f" ({row[key] / rows[0][key]:.0%})"
+        shared = key in COSTS or key == "score" and metric != "loss"
+        if shared and rows[0][key] > 0:
+            text += f" ({value / rows[0][key]:.0%})"
         return text
 
     keys = [key for key in keys if key in rows[0]]
-    lines = [[COLUMNS.get(key, (key, None))[0] for key in keys]]
+    lines = [[COLUMNS.get(key, key) for key in keys]]
     lines += [[cell(row, key) for key in keys] for row in rows]
     widths = [max(map(len, column)) for column in zip(*lines)]
     lines.insert(1, ["-" * width for width in widths])
@@ -417,8 +419,7 @@ def title(run, metric):
 def require_package(option, *packages):
     """ValueError unless the optional packages of an option are installed."""
     if not all(map(find_spec, packages)):
-        raise ValueError(f"{option} needs what is not among the requirements: pip install "
-                         f"{' '.join(packages)}")
+        raise ValueError(f"{option} needs more packages: pip install {' '.join(packages)}")
 
 
 @contextmanager
@@ -440,10 +441,10 @@ def plot_palette(path, rows, metric, heading, maxnet):
     errors = [points * row["stderr"] for row in rows]
     with picture(path, 2) as (figure, (left, right)):
         figure.suptitle(heading)
-        left.set_xlabel("parameters, millions")
         left.set_ylabel(metric)
-        right.set_xlabel("latency, ms")
-        for axis, key, unit in ((left, "parameters", 1e6), (right, "latency_ms", 1)):
+        for axis, key, unit, label in ((left, "parameters", 1e6, "parameters, millions"),
+                                       (right, "latency_ms", 1, "latency, ms")):
+            axis.set_xlabel(label)
             costs = [row[key] / unit for row in rows]
             for moment, mark in (("sliced teacher", "x"), ("reordered", "+")):
                 if moment in maxnet:
@@ -469,7 +470,7 @@ def new_folder(folder):
     folder = Path(folder).resolve()
     place = folder if is_empty(folder) else folder.parent
     place.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=place, prefix=f".{folder.name}.") as scratch:
+    with tempfile.TemporaryDirectory(dir=place) as scratch:
         beside = Path(scratch) / folder.name
         beside.mkdir()
         yield beside
@@ -509,8 +510,7 @@ def export_tokenizer(small, folder, tokenizer):
     settings = tokenizer.settings | {"model_max_length": small.max_tokens}
     pad = 0                                          # as in `data.pad`
     if isinstance(small, Decoder):
-        with suppress(ValueError):                   # some have no end of text
-            pad = data.end_of_text(tokenizer)[0]
+        pad = data.end_of_text(tokenizer)[0]
     else:
         data.frame(tokenizer, settings)
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"      # takes tokenizer.json whole
@@ -533,9 +533,8 @@ def common_form(small, pad):
     if heads is None:
         return small, f"No library but this one can express {shape}, padded or not."
     padded = pad_heads(small, heads)
-    before = millions(describe(small, small.maxnet)["parameters"])
-    after = millions(describe(padded, padded.maxnet)["parameters"])
-    cost = f"{heads} heads, some of zeros: {after} instead of {before} parameters"
+    cost = (f"{heads} heads, some of zeros: {millions(count(padded))} instead of "
+            f"{millions(count(small))} parameters")
     if pad:
         return padded, f"The transformers library can load it, padded to {cost}."
     return small, (f"The transformers library cannot express {shape}; load_pretrained reads it. "
@@ -555,17 +554,14 @@ class Logits(torch.nn.Module):
 
 
 def onnx_inputs(model, batch, length):
-    """Random inputs (batch, length); the last of several rows is padded by half."""
-    draw = torch.Generator().manual_seed(0)
-    ids = torch.randint(model.config["vocab_size"], (batch, length), generator=draw)
+    """Inputs (batch, length); the last row is padded by half."""
+    ids = torch.arange(batch * length).view(batch, length) % model.config["vocab_size"]
     mask = torch.ones_like(ids)
-    if batch > 1:
-        mask[-1, max(1, length // 2):] = 0
+    mask[-1, 1 + length // 2:] = 0
     inputs = {"input_ids": ids, "attention_mask": mask}
-    if isinstance(model, Decoder):
-        return inputs
-    kinds = model.config["type_vocab_size"]
-    return inputs | {"token_type_ids": torch.randint(kinds, ids.shape, generator=draw)}
+    if not isinstance(model, Decoder):
+        inputs["token_type_ids"] = ids % model.config["type_vocab_size"]
+    return inputs
 
 
 def export_onnx(small, path):
@@ -575,17 +571,17 @@ def export_onnx(small, path):
     """
     import onnxruntime  # an optional extra, as is onnxscript, in torch
 
-    model = Logits(small.float().cpu())
+    model = Logits(small.float())
     room = small.max_tokens
     example = onnx_inputs(small, 2, min(8, room))
     axes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length", max=room)}
-    large = sum(p.nbytes for p in model.parameters()) > 2 ** 30      # one file ends at 2 GiB
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")                              # torch's, on its own workings
         torch.onnx.export(model, tuple(example.values()), path, input_names=list(example),
                           output_names=["logits"], dynamic_shapes=dict.fromkeys(example, axes),
-                          dynamo=True, verbose=False, external_data=large)
+                          dynamo=True, verbose=False,
+                          external_data=False)       # but for more than a file can hold, 2 GiB
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     x = onnx_inputs(small, 3, min(128, room))        # of another shape than it was traced with
     z = session.run(None, {name: part.numpy() for name, part in x.items()})[0]
@@ -633,7 +629,7 @@ def answer(model, phi, tokenizer, task, text, max_length):
     if len(sentences) != wanted:
         raise ValueError(f"{text[:80]!r} has {len(sentences)} parts separated by tabs; the task "
                          f"takes {wanted}")
-    rows = data.Rows([sentences], np.zeros(1, dtype=np.int64))
+    rows = data.Rows([sentences], np.zeros(1))
     (z,), _ = outputs(model, phi, data.encode(tokenizer, rows, max_length))  # (C,)
     if not task.labels:
         return f"{z.item():.3f}"
@@ -652,7 +648,7 @@ def generate(model, tokenizer, prompts, max_new_tokens=256, temperature=0.0, top
     room for a token.
     """
     ends = data.end_of_text(tokenizer)
-    longest_stop = max(map(len, stop), default=0)
+    longest_stop = max(map(len, stop), default=1)
     draws = [torch.Generator().manual_seed(seed) for seed in seeds or range(len(prompts))]
 
     def next_tokens(z):                                              # (B, V) -> (B, 1)
@@ -661,7 +657,7 @@ def generate(model, tokenizer, prompts, max_new_tokens=256, temperature=0.0, top
         return sample(z / temperature, top_p, draws)
 
     def has_ended(new):
-        tail = tokenizer.decode(new[-longest_stop:]) if stop else ""     # a letter a token at least
+        tail = tokenizer.decode(new[-longest_stop:])                 # a letter a token at least
         return new[-1] in ends or any(word in tail for word in stop)
 
     encoded = [tokenizer.encode(prompt).ids or ends[:1] for prompt in prompts]
