@@ -202,28 +202,28 @@ def standard_error(metric, predictions, labels):
 # --------------------------------------------------------------------- the palette, and its table
 
 @torch.inference_mode()
-def outputs(model, phi, examples, batch_size=64):
+def outputs(model, phi, examples):
     """Logits (M, C) and labels (M,), shortest example first."""
     device = next(model.parameters()).device
     parts = []
-    for x, y in data.batches(examples, batch_size, device=device):
+    for x, y in data.batches(examples, 64, device=device):
         parts.append((model(**x, phi=phi, features=())[0], y))
     return map(torch.cat, zip(*parts))
 
 
-def predict(model, phi, examples, batch_size=64):
+def predict(model, phi, examples):
     """Predicted classes (or scores) and their labels, shortest example first."""
-    z, labels = outputs(model, phi, examples, batch_size)
+    z, labels = outputs(model, phi, examples)
     predictions = z.argmax(-1) if z.size(-1) > 1 else z[:, 0]
     return predictions.cpu().numpy(), labels.cpu().numpy()
 
 
 @torch.inference_mode()
-def next_token_losses(model, phi, examples, batch_size=8):
+def next_token_losses(model, phi, examples):
     """Cross-entropy in nats per next token, mean over each window (M,)."""
     device = next(model.parameters()).device
     means = []
-    for x, y in data.batches(examples, batch_size, device=device):
+    for x, y in data.batches(examples, 8, device=device):
         windows, _ = model.encode(**x, phi=phi)                                  # (B, T, H)
         for states, targets in zip(windows, y):     # one window's logits at a time
             z = model.logits(states)                                             # (T, V)
@@ -294,25 +294,21 @@ def latency(model, space, batch_size=1, length=128, rounds=5, runs=4):
     """
     device = next(model.parameters()).device
     ids = torch.ones(batch_size, length, dtype=torch.long, device=device)
-
-    def milliseconds(forward, *inputs):
-        start = time.perf_counter()
-        forward(*inputs, features=())
-        if device.type != "cpu":                     # which has only been told what to do
-            torch.accelerator.synchronize(device)
-        return 1e3 * (time.perf_counter() - start)
-
     rows = [{"latency_ms": [], "slice_ms": []} for _ in space]
     for _ in range(rounds):
         for phi, row in zip(space, rows):
             small = model.extract(phi)                               # one copy at a time
-            milliseconds(small, ids)                                 # warms up
-            milliseconds(model, ids, None, phi)
-            for _ in range(runs):
-                row["latency_ms"].append(milliseconds(small, ids))
-                row["slice_ms"].append(milliseconds(model, ids, None, phi))
+            ways = {"latency_ms": partial(small, ids), "slice_ms": partial(model, ids, None, phi)}
+            for run in range(1 + runs):
+                for key, forward in ways.items():
+                    start = time.perf_counter()
+                    forward(features=())
+                    if device.type != "cpu":         # which has only been told what to do
+                        torch.accelerator.synchronize(device)
+                    if run > 0:                      # the first warms up
+                        row[key].append(1e3 * (time.perf_counter() - start))
     for row in rows:
-        for key in ("latency_ms", "slice_ms"):
+        for key in list(row):
             low, row[key], high = np.quantile(row[key], (0.1, 0.5, 0.9)).tolist()
             row[key + "_range"] = [low, high]
     return rows
@@ -380,8 +376,7 @@ def table(rows, keys, metric):
         if key in COSTS:
             text = COSTS[key](value)
         if key + "_range" in row:
-            quantiles = [f"{value:.2f}" for value in row[key + "_range"]]
-            text += f" [{', '.join(quantiles)}]"
+            text += " [{:.2f}, {:.2f}]".format(*row[key + "_range"])
         shared = key in COSTS or key == "score" and metric != "loss"
         if shared and rows[0][key] > 0:
             text += f" ({value / rows[0][key]:.0%})"
@@ -513,8 +508,8 @@ def export_tokenizer(small, folder, tokenizer):
         pad = data.end_of_text(tokenizer)[0]
     else:
         data.frame(tokenizer, settings)
-        settings["tokenizer_class"] = "PreTrainedTokenizerFast"      # takes tokenizer.json whole
-        settings["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
+        settings |= {"tokenizer_class": "PreTrainedTokenizerFast",   # takes tokenizer.json whole
+                     "model_input_names": ["input_ids", "token_type_ids", "attention_mask"]}
     settings.setdefault("pad_token", tokenizer.id_to_token(pad))     # batches need one
     tokenizer.save(str(folder / "tokenizer.json"))
     write_json(folder / "tokenizer_config.json", settings)
@@ -586,8 +581,6 @@ def export_onnx(small, path):
     x = onnx_inputs(small, 3, min(128, room))        # of another shape than it was traced with
     z = session.run(None, {name: part.numpy() for name, part in x.items()})[0]
     away = (torch.from_numpy(z) - model(**x).detach()).abs()
-    if isinstance(small, Decoder):                                   # what padding gives is void
-        away = away[x["attention_mask"].bool()]
     if not away.max() <= 1e-3:                                       # not a number fails, too
         raise ValueError(f"{path.name}: its logits differ by {away.max():.1e} from PyTorch's; "
                          f"nothing was written")
@@ -682,7 +675,7 @@ def extend(model, phi, encoded, most, next_tokens, has_ended):
     ids = pad_sequence([torch.tensor(tokens) for tokens in encoded], batch_first=True,
                        padding_side="left").to(device)               # (B, T)
     padded = torch.tensor([[longest - n] for n in lengths], device=device)
-    mask = (torch.arange(total, device=device) >= padded).long()
+    mask = torch.arange(total, device=device) >= padded
     unpadded = min(lengths) == longest                               # without a mask it is faster
     cache = Cache(total)
     new = [[] for _ in encoded]
