@@ -622,7 +622,7 @@ def answer(model, phi, tokenizer, task, text, max_length):
     if len(sentences) != wanted:
         raise ValueError(f"{text[:80]!r} has {len(sentences)} parts separated by tabs; the task "
                          f"takes {wanted}")
-    rows = data.Rows([sentences], np.zeros(1))
+    rows = data.Rows([sentences], np.zeros(1, int))
     (z,), _ = outputs(model, phi, data.encode(tokenizer, rows, max_length))  # (C,)
     if not task.labels:
         return f"{z.item():.3f}"
