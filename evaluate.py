@@ -52,7 +52,6 @@ import ctypes
 import errno
 import fcntl
 import hashlib
-import importlib
 import json
 import logging
 import math
@@ -75,8 +74,9 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -91,7 +91,6 @@ import data
 from model import (
     Cache,
     Decoder,
-    ElasticLinear,
     SubnetConfig,
     SuperTransformer,
     checkpoint_files,
@@ -148,15 +147,15 @@ def pearson(predictions, labels):
 
 def spearman(predictions, labels):
     """Correlation of the ranks; ties share their mean rank."""
-    def ranks(values):
-        _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-        return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+    def ranks(values):                               # doubled: the values below, and those up to it
+        order = np.sort(values)
+        return np.searchsorted(order, values) + np.searchsorted(order, values, "right")
     return pearson(ranks(predictions), ranks(labels))
 
 
 OF_CLASSES = {"accuracy": accuracy, "f1": f1, "macro_f1": macro_f1, "matthews": matthews}
 OF_SCORES = {"pearson": pearson, "spearman": spearman}
-METRICS: dict[str, Callable] = OF_CLASSES | OF_SCORES
+METRICS = OF_CLASSES | OF_SCORES
 
 
 def rank_metrics(row, first=None):
@@ -190,8 +189,7 @@ def standard_error(metric, predictions, labels):
     """√(p(1-p)/n) for accuracy; for the others the spread over 500 seeded bootstrap samples."""
     n = len(labels)
     if metric == "accuracy":
-        p = accuracy(predictions, labels)
-        return float(np.sqrt(p * (1 - p) / n))
+        return float((predictions == labels).std() / np.sqrt(n))
     rng = np.random.default_rng(0)
     scores = []
     for _ in range(500):
@@ -203,24 +201,28 @@ def standard_error(metric, predictions, labels):
 # --------------------------------------------------------------------- the palette, and its table
 
 @torch.inference_mode()
-def predict(model, phi, examples, batch_size=64):
-    """Predicted classes (or scores) and their labels, shortest example first."""
+def outputs(model, phi, examples):
+    """Logits (M, C) and labels (M,), shortest example first."""
     device = next(model.parameters()).device
-    outputs = []
-    labels = []
-    for x, y in data.batches(examples, batch_size, device=device):
-        z, _ = model(**x, phi=phi, features=())                                  # (B, C)
-        outputs.append(z.argmax(-1) if z.size(-1) > 1 else z[:, 0])
-        labels.append(y)
-    return torch.cat(outputs).cpu().numpy(), torch.cat(labels).cpu().numpy()
+    parts = []
+    for x, y in data.batches(examples, 64, device=device):
+        parts.append((model(**x, phi=phi, features=())[0], y))
+    return map(torch.cat, zip(*parts))
+
+
+def predict(model, phi, examples):
+    """Predicted classes (or scores) and their labels, shortest example first."""
+    z, labels = outputs(model, phi, examples)
+    predictions = z.argmax(-1) if z.size(-1) > 1 else z[:, 0]
+    return predictions.cpu().numpy(), labels.cpu().numpy()
 
 
 @torch.inference_mode()
-def next_token_losses(model, phi, examples, batch_size=8):
+def next_token_losses(model, phi, examples):
     """Cross-entropy in nats per next token, mean over each window (M,)."""
     device = next(model.parameters()).device
     means = []
-    for x, y in data.batches(examples, batch_size, device=device):
+    for x, y in data.batches(examples, 8, device=device):
         windows, _ = model.encode(**x, phi=phi)                                  # (B, T, H)
         for states, targets in zip(windows, y):     # one window's logits at a time
             z = model.logits(states)                                             # (T, V)
@@ -249,6 +251,11 @@ SIZES = {"name": str, "heads": int, "hidden_size": int, "intermediate_size": int
          "parameters": int, "size_mb": float, "encoder_parameters": int, "macs": int}
 
 
+def count(module):
+    """How many parameters."""
+    return sum(p.numel() for p in module.parameters())
+
+
 def describe(model, phi):
     """SIZES of Φ, counted on its stand-alone model: parameters in all and in the encoder's layers.
 
@@ -256,14 +263,13 @@ def describe(model, phi):
     "size_mb" is 10^6 bytes on disk, in the model's number format.
     """
     small = model.skeleton(phi)
-    dtype = next(model.parameters()).dtype
-    linears = [m for m in small.layers.modules() if isinstance(m, ElasticLinear)]
-    parameters = sum(p.numel() for p in small.parameters())
+    width = next(model.parameters()).itemsize
+    parameters = count(small)
     return {"name": phi.name, "heads": phi.num_attention_heads, "hidden_size": phi.hidden_size,
             "intermediate_size": phi.intermediate_size, "layers": list(phi.layers),
-            "parameters": parameters, "size_mb": parameters * dtype.itemsize / 1e6,
-            "encoder_parameters": sum(p.numel() for p in small.layers.parameters()),
-            "macs": sum(linear.weight.numel() for linear in linears)}
+            "parameters": parameters, "size_mb": parameters * width / 1e6,
+            "encoder_parameters": count(small.layers),
+            "macs": sum(p.numel() for p in small.layers.parameters() if p.dim() == 2)}
 
 
 def subnet(row):
@@ -287,35 +293,24 @@ def latency(model, space, batch_size=1, length=128, rounds=5, runs=4):
     """
     device = next(model.parameters()).device
     ids = torch.ones(batch_size, length, dtype=torch.long, device=device)
-
-    def milliseconds(forward, *inputs):
-        wait(device)
-        start = time.perf_counter()
-        forward(*inputs, features=())
-        wait(device)
-        return 1e3 * (time.perf_counter() - start)
-
-    times = [{"latency_ms": [], "slice_ms": []} for _ in space]
+    rows = [{"latency_ms": [], "slice_ms": []} for _ in space]
     for _ in range(rounds):
-        for phi, own in zip(space, times):
+        for phi, row in zip(space, rows):
             small = model.extract(phi)                               # one copy at a time
-            milliseconds(small, ids)                                 # warms up
-            milliseconds(model, ids, None, phi)
-            for _ in range(runs):
-                own["latency_ms"].append(milliseconds(small, ids))
-                own["slice_ms"].append(milliseconds(model, ids, None, phi))
-    rows = [{} for _ in space]
-    for row, own in zip(rows, times):
-        for key, values in own.items():
-            low, row[key], high = np.quantile(values, (0.1, 0.5, 0.9)).tolist()
+            ways = {"latency_ms": partial(small, ids), "slice_ms": partial(model, ids, None, phi)}
+            for run in range(1 + runs):
+                for key, forward in ways.items():
+                    start = time.perf_counter()
+                    forward(features=())
+                    if device.type != "cpu":         # which has only been told what to do
+                        torch.accelerator.synchronize(device)
+                    if run > 0:                      # the first warms up
+                        row[key].append(1e3 * (time.perf_counter() - start))
+    for row in rows:
+        for key in list(row):
+            low, row[key], high = np.quantile(row[key], (0.1, 0.5, 0.9)).tolist()
             row[key + "_range"] = [low, high]
     return rows
-
-
-def wait(device):
-    """Until a GPU has done what it was given."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
 
 
 def choose(rows, budget, metric):
@@ -354,44 +349,40 @@ def millions(count):
     return f"{count / 1e6:.2f}M"
 
 
-COLUMNS: dict[str, tuple[str, Callable | None]] = {  # of a row: heading, format (None: a score's)
-    "name": ("subnet", str),
-    "heads": ("heads", str),
-    "intermediate_size": ("FFN", str),
-    "hidden_size": ("hidden", str),
-    "layers": ("layers", lambda layers: str(len(layers))),
-    "parameters": ("parameters", millions),
-    "encoder_parameters": ("encoder", millions),
-    "macs": ("MACs per token", millions),
-    "size_mb": ("on disk", "{:.1f} MB".format),
-    "score": ("score", None),
-    "stderr": ("± s.e.", None),
-    "latency_ms": ("median ms [10%, 90%]", "{:.2f}".format),
-    "slice_ms": ("in place, ms", "{:.2f}".format),
+COLUMNS = {                                          # of a row, with their headings
+    "name": "subnet", "heads": "heads", "intermediate_size": "FFN", "hidden_size": "hidden",
+    "layers": "layers", "parameters": "parameters", "encoder_parameters": "encoder",
+    "macs": "MACs per token", "size_mb": "on disk", "score": "score", "stderr": "± s.e.",
+    "latency_ms": "median ms [10%, 90%]", "slice_ms": "in place, ms",
 }
-SHARED = ("parameters", "encoder_parameters", "macs", "size_mb", "score", "latency_ms", "slice_ms")
+COSTS = {                                            # of these, what a subnet saves; its format
+    "parameters": millions, "encoder_parameters": millions, "macs": millions,
+    "size_mb": "{:.1f} MB".format, "latency_ms": "{:.2f}".format, "slice_ms": "{:.2f}".format,
+}
 
 
 def table(rows, keys, metric):
     """Markdown, a line per row; of the keys those that the first row has.
 
-    After SHARED values stands their share of the first row's, unless that means nothing: of a loss,
-    of a score that is 0 or less. A latency's 10% and 90% quantiles stand in brackets.
+    After COSTS and scores stands their share of the first row's, unless that means nothing: of a
+    loss, of a score that is 0 or less. A latency's 10% and 90% quantiles stand in brackets.
     """
     def cell(row, key):
         if key not in row:                           # the latency of a padded subnet
             return ""
-        form = COLUMNS.get(key, (key, None))[1]
-        text = form(row[key]) if form else show(metric, row[key])
+        value = len(row[key]) if key == "layers" else row[key]
+        text = show(metric, value) if isinstance(value, float) else str(value)
+        if key in COSTS:
+            text = COSTS[key](value)
         if key + "_range" in row:
-            quantiles = [f"{value:.2f}" for value in row[key + "_range"]]
-            text += f" [{', '.join(quantiles)}]"
-        if key in SHARED and (key, metric) != ("score", "loss") and rows[0][key] > 0:
-            text += f" ({row[key] / rows[0][key]:.0%})"
+            text += " [{:.2f}, {:.2f}]".format(*row[key + "_range"])
+        shared = key in COSTS or key == "score" and metric != "loss"
+        if shared and rows[0][key] > 0:
+            text += f" ({value / rows[0][key]:.0%})"
         return text
 
     keys = [key for key in keys if key in rows[0]]
-    lines = [[COLUMNS.get(key, (key, None))[0] for key in keys]]
+    lines = [[COLUMNS.get(key, key) for key in keys]]
     lines += [[cell(row, key) for key in keys] for row in rows]
     widths = [max(map(len, column)) for column in zip(*lines)]
     lines.insert(1, ["-" * width for width in widths])
@@ -401,9 +392,7 @@ def table(rows, keys, metric):
 def final_table(rows, metric, last=0):
     """The palette with a column for each of the `last` moments that were measured (0: for all),
     oldest first, the standard error of the last, and the task's other metrics then."""
-    moments = list(rows[0].get("history", ["score"]))
-    if last:
-        moments = moments[-last:]
+    moments = list(rows[0].get("history", ["score"]))[-last:]        # [-0:] is all
     others = [key for key in (*METRICS, "accuracy_mismatched") if key != metric]
     keys = ["name", "parameters", "encoder_parameters", *moments, "stderr", *others]
     return table([row | row.get("history", {}) for row in rows], keys, metric)
@@ -423,12 +412,8 @@ def title(run, metric):
 
 def require_package(option, *packages):
     """ValueError unless the optional packages of an option are installed."""
-    try:
-        for package in packages:
-            importlib.import_module(package)
-    except ImportError:
-        raise ValueError(f"{option} needs what is not among the requirements: pip install "
-                         f"{' '.join(packages)}") from None
+    if not all(map(find_spec, packages)):
+        raise ValueError(f"{option} needs more packages: pip install {' '.join(packages)}")
 
 
 @contextmanager
@@ -450,13 +435,13 @@ def plot_palette(path, rows, metric, heading, maxnet):
     errors = [points * row["stderr"] for row in rows]
     with picture(path, 2) as (figure, (left, right)):
         figure.suptitle(heading)
-        left.set_xlabel("parameters, millions")
         left.set_ylabel(metric)
-        right.set_xlabel("latency, ms")
-        for axis, key, unit in ((left, "parameters", 1e6), (right, "latency_ms", 1)):
+        for axis, key, unit, label in ((left, "parameters", 1e6, "parameters, millions"),
+                                       (right, "latency_ms", 1, "latency, ms")):
+            axis.set_xlabel(label)
             costs = [row[key] / unit for row in rows]
             for moment, mark in (("sliced teacher", "x"), ("reordered", "+")):
-                if moment in rows[0].get("history", {}):
+                if moment in maxnet:
                     old = [points * row["history"][moment] for row in rows]
                     axis.plot(costs, old, mark, color="gray", label=f"{moment}, not trained yet")
             axis.errorbar(costs, scores, errors, fmt="o", capsize=2, label="MLFS")
@@ -479,7 +464,7 @@ def new_folder(folder):
     folder = Path(folder).resolve()
     place = folder if is_empty(folder) else folder.parent
     place.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=place, prefix=f".{folder.name}.") as scratch:
+    with tempfile.TemporaryDirectory(dir=place) as scratch:
         beside = Path(scratch) / folder.name
         beside.mkdir()
         yield beside
@@ -519,15 +504,14 @@ def export_tokenizer(small, folder, tokenizer):
     settings = tokenizer.settings | {"model_max_length": small.max_tokens}
     pad = 0                                          # as in `data.pad`
     if isinstance(small, Decoder):
-        with suppress(ValueError):                   # some have no end of text
-            pad = data.end_of_text(tokenizer)[0]
+        pad = data.end_of_text(tokenizer)[0]
     else:
         data.frame(tokenizer, settings)
-        settings["tokenizer_class"] = "PreTrainedTokenizerFast"      # takes tokenizer.json whole
-        settings["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
+        settings |= {"tokenizer_class": "PreTrainedTokenizerFast",   # takes tokenizer.json whole
+                     "model_input_names": ["input_ids", "token_type_ids", "attention_mask"]}
     settings.setdefault("pad_token", tokenizer.id_to_token(pad))     # batches need one
     tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
+    write_json(folder / "tokenizer_config.json", settings)
 
 
 def common_form(small, pad):
@@ -536,16 +520,15 @@ def common_form(small, pad):
     own = config["num_attention_heads"]
     heads = common_heads(small)
     shape = f"{own} heads of {config['head_dim']} at hidden size {config['hidden_size']}"
-    if heads == own and not pad:
-        return small, "The transformers library can load it."
-    if heads is None and not pad:
-        return small, f"No library but this one can express {shape}, padded or not."
-    if heads in (own, None):
+    if pad and heads in (own, None):
         raise ValueError(f"--pad-heads: nothing to pad, or no number of heads helps {shape}")
+    if heads == own:
+        return small, "The transformers library can load it."
+    if heads is None:
+        return small, f"No library but this one can express {shape}, padded or not."
     padded = pad_heads(small, heads)
-    before = millions(describe(small, small.maxnet)["parameters"])
-    after = millions(describe(padded, padded.maxnet)["parameters"])
-    cost = f"{heads} heads, some of zeros: {after} instead of {before} parameters"
+    cost = (f"{heads} heads, some of zeros: {millions(count(padded))} instead of "
+            f"{millions(count(small))} parameters")
     if pad:
         return padded, f"The transformers library can load it, padded to {cost}."
     return small, (f"The transformers library cannot express {shape}; load_pretrained reads it. "
@@ -565,17 +548,14 @@ class Logits(torch.nn.Module):
 
 
 def onnx_inputs(model, batch, length):
-    """Random inputs (batch, length); the last of several rows is padded by half."""
-    draw = torch.Generator().manual_seed(0)
-    ids = torch.randint(model.config["vocab_size"], (batch, length), generator=draw)
+    """Inputs (batch, length); the last row is padded by half."""
+    ids = torch.arange(batch * length).view(batch, length) % model.config["vocab_size"]
     mask = torch.ones_like(ids)
-    if batch > 1:
-        mask[-1, max(1, length // 2):] = 0
+    mask[-1, 1 + length // 2:] = 0
     inputs = {"input_ids": ids, "attention_mask": mask}
-    if isinstance(model, Decoder):
-        return inputs
-    kinds = model.config["type_vocab_size"]
-    return inputs | {"token_type_ids": torch.randint(kinds, ids.shape, generator=draw)}
+    if not isinstance(model, Decoder):
+        inputs["token_type_ids"] = ids % model.config["type_vocab_size"]
+    return inputs
 
 
 def export_onnx(small, path):
@@ -585,23 +565,21 @@ def export_onnx(small, path):
     """
     import onnxruntime  # an optional extra, as is onnxscript, in torch
 
-    model = Logits(small.float().cpu())
+    model = Logits(small.float())
     room = small.max_tokens
     example = onnx_inputs(small, 2, min(8, room))
     axes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length", max=room)}
-    large = sum(p.nbytes for p in model.parameters()) > 2 ** 30      # one file ends at 2 GiB
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")                              # torch's, on its own workings
         torch.onnx.export(model, tuple(example.values()), path, input_names=list(example),
                           output_names=["logits"], dynamic_shapes=dict.fromkeys(example, axes),
-                          dynamo=True, verbose=False, external_data=large)
+                          dynamo=True, verbose=False,
+                          external_data=False)       # but for more than a file can hold, 2 GiB
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     x = onnx_inputs(small, 3, min(128, room))        # of another shape than it was traced with
     z = session.run(None, {name: part.numpy() for name, part in x.items()})[0]
     away = (torch.from_numpy(z) - model(**x).detach()).abs()
-    if isinstance(small, Decoder):                                   # what padding gives is void
-        away = away[x["attention_mask"].bool()]
     if not away.max() <= 1e-3:                                       # not a number fails, too
         raise ValueError(f"{path.name}: its logits differ by {away.max():.1e} from PyTorch's; "
                          f"nothing was written")
@@ -633,7 +611,6 @@ Layers kept, from 0: {row['layers']}. Weights in {dtype}. {form}
 
 # --------------------------------------------------------- using a model, and generating text
 
-@torch.inference_mode()
 def answer(model, phi, tokenizer, task, text, max_length):
     """The label of a sentence and each class's probability, or a score; a pair has a tab between.
 
@@ -644,10 +621,8 @@ def answer(model, phi, tokenizer, task, text, max_length):
     if len(sentences) != wanted:
         raise ValueError(f"{text[:80]!r} has {len(sentences)} parts separated by tabs; the task "
                          f"takes {wanted}")
-    rows = data.Rows([sentences], np.zeros(1, dtype=np.int64))
-    device = next(model.parameters()).device
-    x, _ = next(data.batches(data.encode(tokenizer, rows, max_length), 1, device=device))
-    z = model(**x, phi=phi, features=())[0][0]                               # (C,)
+    rows = data.Rows([sentences], np.zeros(1, int))
+    (z,), _ = outputs(model, phi, data.encode(tokenizer, rows, max_length))  # (C,)
     if not task.labels:
         return f"{z.item():.3f}"
     shares = z.softmax(-1).tolist()
@@ -665,7 +640,7 @@ def generate(model, tokenizer, prompts, max_new_tokens=256, temperature=0.0, top
     room for a token.
     """
     ends = data.end_of_text(tokenizer)
-    longest_stop = max(map(len, stop), default=0)
+    longest_stop = max(map(len, stop), default=1)
     draws = [torch.Generator().manual_seed(seed) for seed in seeds or range(len(prompts))]
 
     def next_tokens(z):                                              # (B, V) -> (B, 1)
@@ -674,7 +649,7 @@ def generate(model, tokenizer, prompts, max_new_tokens=256, temperature=0.0, top
         return sample(z / temperature, top_p, draws)
 
     def has_ended(new):
-        tail = tokenizer.decode(new[-longest_stop:]) if stop else ""     # a letter a token at least
+        tail = tokenizer.decode(new[-longest_stop:])                 # a letter a token at least
         return new[-1] in ends or any(word in tail for word in stop)
 
     encoded = [tokenizer.encode(prompt).ids or ends[:1] for prompt in prompts]
@@ -688,7 +663,8 @@ def generate(model, tokenizer, prompts, max_new_tokens=256, temperature=0.0, top
 @torch.inference_mode()
 def extend(model, phi, encoded, most, next_tokens, has_ended):
     """The tokens, at most so many, that come after each row; ValueError if there is no room."""
-    longest = max(map(len, encoded))
+    lengths = [len(tokens) for tokens in encoded]
+    longest = max(lengths)
     room = model.max_tokens
     if longest >= room:
         raise ValueError(f"a prompt of {longest} tokens leaves no room in the model's {room} "
@@ -697,20 +673,19 @@ def extend(model, phi, encoded, most, next_tokens, has_ended):
     device = next(model.parameters()).device
     ids = pad_sequence([torch.tensor(tokens) for tokens in encoded], batch_first=True,
                        padding_side="left").to(device)               # (B, T)
-    padded = torch.tensor([[longest - len(tokens)] for tokens in encoded], device=device)
-    mask = (torch.arange(total, device=device) >= padded).long()
-    mask = None if mask.all() else mask                              # without one it is faster
+    padded = torch.tensor([[longest - n] for n in lengths], device=device)
+    mask = torch.arange(total, device=device) >= padded
+    unpadded = min(lengths) == longest                               # without a mask it is faster
     cache = Cache(total)
     new = [[] for _ in encoded]
-    running = set(range(len(encoded)))
+    running = range(len(encoded))
     for length in range(longest, total):
-        seen = None if mask is None else mask[:, :length]
+        seen = None if unpadded else mask[:, :length]
         states, _ = model.encode(ids, seen, phi, cache)
         ids = next_tokens(model.logits(states[:, -1]))
-        for row in sorted(running):
+        for row in running:
             new[row].append(int(ids[row]))
-            if has_ended(new[row]):
-                running.discard(row)
+        running = [row for row in running if not has_ended(new[row])]
         if not running:
             break
     return new

@@ -56,12 +56,12 @@ def test_the_standard_error():
 
 def test_predictions_are_paired_with_their_labels_whatever_the_batches(tiny):
     rng = np.random.default_rng(0)
-    ids = [rng.integers(50, size=rng.integers(2, 12)).astype(np.int32) for _ in range(30)]
-    examples = data.Examples(ids, [np.zeros(len(x), np.int8) for x in ids], np.arange(30))
-    predictions, labels = evaluate.predict(tiny, tiny.maxnet, examples, batch_size=7)
+    ids = [rng.integers(50, size=rng.integers(2, 12)).astype(np.int32) for _ in range(150)]
+    examples = data.Examples(ids, [np.zeros(len(x), np.int8) for x in ids], np.arange(150))
+    predictions, labels = evaluate.predict(tiny, tiny.maxnet, examples)
     for p, i in zip(predictions, labels):
         assert p == tiny(torch.from_numpy(ids[i].astype(np.int64))[None])[0].argmax()
-    assert sorted(labels) == list(range(30))
+    assert sorted(labels) == list(range(150))
 
 
 def test_within_one_standard_error_the_smaller_subnet_is_shipped():

@@ -64,7 +64,9 @@ def trained(family: str, seed: int = 0) -> SuperTransformer:
 
 
 def tokenizer_files(folder) -> None:
-    data.load_tokenizer(data.DOWNLOADS / "toy").save(str(folder / "tokenizer.json"))
+    tokenizer = data.load_tokenizer(data.DOWNLOADS / "toy")
+    tokenizer.add_special_tokens(["</s>"])  # a decoder's end of text
+    tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "merges.txt").write_text("a word list")
 
 
