@@ -176,6 +176,12 @@ def their_steps(at, name, examples, batch_size, dtype):
     return bench_train.lora_steps(model, batches, LORA[name], True, at.device)
 
 
+def wait(device):
+    """Until a GPU has done what it was given."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
 class Contestant:
     """Something that takes steps; GiB at its peak, beside what was there before."""
 
@@ -198,7 +204,7 @@ class Contestant:
 
     def step(self):
         self.ms.append(bench_train.timed(
-            lambda: (next(self.steps), evaluate.wait(self.device))))
+            lambda: (next(self.steps), wait(self.device))))
 
 
 def relative(ours, reference):
@@ -471,7 +477,7 @@ def launch(at):
     def ask():
         for _ in range(1000):
             one.add_(1)
-        evaluate.wait(one.device)
+        wait(one.device)
 
     return float(np.median([bench_train.timed(ask) for _ in range(5)])) / 1000
 
@@ -515,7 +521,7 @@ def busy(at, step, times=3):
         with torch.profiler.profile(activities=kernels) as noted:
             for _ in range(times):
                 step()
-            evaluate.wait(torch.device(at.device))
+            wait(torch.device(at.device))
         return sum(e.self_device_time_total for e in noted.key_averages()) / 1e3 / times
     except RuntimeError as error:
         print(f"no profile: {error}")
@@ -566,8 +572,8 @@ def against_theirs(at, model, theirs, batch, tokens):
     mask = torch.ones_like(ids)
     device = torch.device(at.device)
     return bench_latency.medians({
-        "ours": lambda: (model(ids, features=()), evaluate.wait(device)),
-        "transformers": lambda: (theirs(ids, attention_mask=mask), evaluate.wait(device)),
+        "ours": lambda: (model(ids, features=()), wait(device)),
+        "transformers": lambda: (theirs(ids, attention_mask=mask), wait(device)),
     }, at.rounds)
 
 
