@@ -1194,10 +1194,13 @@ def read_lines(path, form):
     return data.read_file(Path(path), data.json_lines, partial(check_form, form=form))
 
 
-def write_json(path, content):
+def write_text(path, text):
     with replacing(path) as beside:
-        text = json.dumps(content, indent=1, ensure_ascii=False)
-        beside.write_text(text + "\n", encoding="utf-8")
+        beside.write_text(text, encoding="utf-8")
+
+
+def write_json(path, content):
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def take_folder(folder, settings, resume, overwrite):
@@ -1306,7 +1309,7 @@ def save_state(folder, model, state):
     tensors |= {f"U.{layer}": u for layer, u in state.U.items()}
     for i, moments in state.moments.items():
         tensors |= {f"optimizer.{i}.{name}": t for name, t in moments.items()}
-    place = {"stage": state.stage, "step": state.step}
+    place = {key: getattr(state, key) for key in PLACE}
     save_tensors(folder / "state.safetensors", tensors, place)
 
 
@@ -1350,8 +1353,7 @@ def cut_log(path, state):
             entry = check_form(json.loads(line), PLACE)
             if (entry["stage"], entry["step"]) <= last:
                 kept.append(line)
-    with replacing(path) as beside:
-        beside.write_text("".join(kept), encoding="utf-8")
+    write_text(path, "".join(kept))
 
 
 def write_palette(folder, settings, task, rows, measured):
@@ -1365,8 +1367,7 @@ def write_palette(folder, settings, task, rows, measured):
     if "length" in measured:
         text += f"\n{table(rows, COLUMNS, metric)}\n\n{conditions(measured)}\n"
     write_json(Path(folder, "palette.json"), content)
-    with replacing(Path(folder, "palette.md")) as path:
-        path.write_text(text, encoding="utf-8")
+    write_text(Path(folder, "palette.md"), text)
 
 
 OPTIONAL = {"history": {str: float}, "latency_ms": float, "latency_ms_range": [float],
@@ -1456,9 +1457,9 @@ def located(path, run_folder):
 
 
 def find_again(place, run_folder):
-    """Where that is now: where it was, or as far from the run folder, if both were moved."""
-    moved = Path(run_folder, place["from_run"])
-    return moved if moved.exists() and not Path(place["folder"]).exists() else Path(place["folder"])
+    """Where that is now: where it was, or as far from the run folder: both were moved."""
+    before = Path(place["folder"])
+    return before if before.exists() else Path(run_folder, place["from_run"])
 
 
 def load_run(folder, device="cpu", dtype=torch.float32, base=None):
@@ -1533,10 +1534,11 @@ BUDGETS = {"max_params": ("parameters", "parameters"), "max_macs": ("macs", "MAC
 class Parser(ArgumentParser):
     """One whose errors are a sentence, and whose help has lines of at most 100 characters."""
 
-    def __init__(self, documentation, usage):
+    def __init__(self, documentation):
         description, _, epilog = documentation.partition("\n\n")
         form = partial(RawDescriptionHelpFormatter, max_help_position=26, width=100)
-        super().__init__(usage=usage, description=description, epilog=epilog, formatter_class=form)
+        super().__init__(usage="python %(prog)s [options]", description=description, epilog=epilog,
+                         formatter_class=form)
         # A shell replaces ~ in `--out ~/x`, but not in `--out=~/x`.
         self.register("type", Path, lambda text: Path(os.path.expanduser(text)))
 
@@ -1546,7 +1548,7 @@ class Parser(ArgumentParser):
 
 def parse_arguments(argv):
     """The options; ValueError for those that contradict each other, before anything is read."""
-    parser = Parser(__doc__, "python evaluate.py RUN [options]")
+    parser = Parser(__doc__)
     parser.format_help = lambda: __doc__             # written by hand: what goes with what
     add = parser.add_argument
     add("run", type=Path, metavar="RUN")
@@ -1638,8 +1640,8 @@ def main(argv=None):
 
 def open_run(args):
     """Loads the run, and finds the subnets that the options name; ValueError if it has them not."""
-    dtype = getattr(torch, args.dtype)
-    settings, model, space = load_run(args.run, check_device(args.device), dtype, args.model)
+    settings, model, space = load_run(args.run, check_device(args.device),
+                                      getattr(torch, args.dtype), args.model)
     names = [phi.name for phi in space]
     asked = args.export[0] if args.export else args.subnets
     wanted = names if asked is None else asked.split(",")

@@ -594,10 +594,11 @@ def join_processes(args):
     world = os.environ.get("WORLD_SIZE", "")         # no number: another tool has left it
     if not world.isdecimal() or int(world) < 2 or dist.is_initialized():
         return
+    backend = "gloo"
     if args.device.startswith("cuda"):
+        backend = "nccl"
         args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         torch.cuda.set_device(evaluate.check_device(args.device))
-    backend = "nccl" if args.device.startswith("cuda") else "gloo"
     dist.init_process_group(backend, timeout=timedelta(days=1))      # rank 0 may measure for long
     if dist.get_rank():
         sys.stdout = open(os.devnull, "w", errors="replace")
@@ -812,11 +813,11 @@ def pick_dtype(hp, device):
 
     A learning rate of 1e-3 times a weight is less than bfloat16's last digit: it would be lost.
     """
-    if hp.dtype != "auto" or hp.adapters == "full":
-        return torch.bfloat16 if hp.dtype == "bfloat16" else torch.float32
-    gpu = device.startswith("cuda")
-    native = torch.cuda.is_bf16_supported(False) if gpu else torch.cpu._is_avx512_bf16_supported()
-    return torch.bfloat16 if native else torch.float32
+    half = hp.dtype == "bfloat16"
+    if hp.dtype == "auto" and hp.adapters == "low-rank":
+        gpu = device.startswith("cuda")
+        half = torch.cuda.is_bf16_supported(False) if gpu else torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if half else torch.float32
 
 
 def shared_inputs(args):
@@ -827,7 +828,7 @@ def shared_inputs(args):
     if args.train:
         name, folder, row = data.own_task(args.train, args.dev, args.text, args.label,
                                           args.regression)
-        found = (name, data.find_model(name, args.model), folder, "", row)
+        found = (name, data.find_model("", args.model), folder, "", row)
     else:
         found = data.find_inputs(args.task, args.model, args.data_dir)
         found += (data.TASKS[found[0]],)
@@ -858,10 +859,6 @@ def fit_settings(hp, given, model, folder):
     if hp.rank > model.config["hidden_size"]:
         raise ValueError(f"rank {hp.rank} exceeds the hidden size {model.config['hidden_size']} of "
                          f"{folder}")
-    world = processes()[1]
-    if hp.batch_size < world:
-        raise ValueError(f"--batch-size {hp.batch_size} is shared by {world} processes: one row "
-                         f"each, at least")
     return dataclasses.replace(hp, max_length=min(hp.max_length, model.max_tokens))
 
 
@@ -999,7 +996,7 @@ def parse_arguments(argv):
     # --help ends with the lines above. The hyper-parameters, of which those that are given are
     # returned beside the options, have theirs from the comments at their lines.
     manual = inspect.cleandoc(parse_arguments.__doc__)
-    parser = evaluate.Parser(f"{__doc__}\n{manual}", "python mlfs.py [options]")
+    parser = evaluate.Parser(f"{__doc__}\n{manual}")
     hidden = {"help": argparse.SUPPRESS}
     for path in ("--model", "--data-dir", "--out", "--train", "--dev"):
         parser.add_argument(path, type=Path, **hidden)
