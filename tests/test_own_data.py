@@ -143,6 +143,18 @@ def test_a_bad_file_is_told_with_file_and_line(tmp_path, name, train, dev, colum
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("name", ["toy", "python"])
+def test_a_table_with_a_tasks_name_starts_from_bert_base_as_others_do(name, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError("it is asked for")
+
+    monkeypatch.setattr(data, "download_model", refuse)
+    (tmp_path / f"{name}.csv").write_text(GOOD)
+    command = ["--train", str(tmp_path / f"{name}.csv"), "--text", "text", "--label", "kind"]
+    with pytest.raises(FileNotFoundError, match="BERT-base is not in .* .it is asked for."):
+        mlfs.main([*command, "--out", str(tmp_path / "run")])
+
+
 @pytest.mark.parametrize(
     "options, words",
     [
