@@ -51,14 +51,11 @@ import builtins
 import ctypes
 import errno
 import fcntl
-import glob
 import hashlib
 import importlib
-import inspect
 import json
 import logging
 import math
-import operator
 import os
 import pickle
 import platform
@@ -66,6 +63,7 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -73,6 +71,7 @@ import tempfile
 import time
 import warnings
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
@@ -754,9 +753,8 @@ def judged_before(path, made):
     """The completions in a file; ValueError if they were made with other settings than these."""
     if not path.exists():
         return []
-    text = path.read_bytes()
-    with replacing(path) as beside:                  # without a last line that a crash cut short
-        beside.write_bytes(text[:text.rfind(b"\n") + 1])
+    # A crash may have cut the last line short.
+    os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
     rows = read_lines(path, {"task_id": str, "sample": int, "passed": bool, "made": dict})
     for key, value in made.items():
         if any(row["made"].get(key) != value for row in rows):
@@ -780,14 +778,14 @@ def usable_cores():
 def check_sandbox(problems):
     """ValueError unless here, after all imports, a right program passes and a wrong one fails."""
     text = "\n".join(problem["prompt"] + "\n" + problem["test"] for problem in problems)
-    imports = set(re.findall(r"^import [\w.]+(?= as|$)|^from [\w.]+ import \w+", text, re.M))
-    prompt = "\n".join([*sorted(imports), "def f():\n"])
-    toy = {"prompt": prompt, "entry_point": "f", "test": "def check(f):\n    assert f()\n"}
-    for value, wanted in ((1, "passed"), (0, "failed: AssertionError")):
-        result = check_correctness(toy, f"    return {value}\n")["result"]
+    imports = re.findall(r"^(?:from [\w.]+ )?import [\w.]+(?= as|,|\s*$)", text, re.M)
+    prompt = "\n".join(sorted(set(imports))) + "\ndef f(): return "
+    problem = {"prompt": prompt, "entry_point": "f", "test": "def check(f): assert f()"}
+    for value, wanted in (("1", "passed"), ("0", "failed: AssertionError")):
+        result = check_correctness(problem, value)["result"]
         if result != wanted:
-            raise ValueError(f"programs cannot be judged here: {prompt + f'    return {value}'!r} "
-                             f"should be {wanted!r}, not {result!r}")
+            raise ValueError(f"programs cannot be judged here: {prompt + value!r} should be "
+                             f"{wanted!r}, not {result!r}")
 
 
 def humaneval(model, tokenizer, problems, path, origin, samples=1, batch_size=16, too_long=(),
@@ -805,21 +803,20 @@ def humaneval(model, tokenizer, problems, path, origin, samples=1, batch_size=16
     made = origin | settings
     rows = judged_before(path, made)
     done = {(row["task_id"], row["sample"]) for row in rows}
-    todo = [(sample, i) for sample in range(samples) for i, task in enumerate(tasks)
-            if (task, sample) not in done and task not in too_long]
-    todo.sort(key=lambda pair: len(problems[pair[1]]["prompt"]))             # less padding
+    todo = [(seed, problem) for seed, problem in enumerate(problems * samples)
+            if (problem["task_id"], seed // len(tasks)) not in done
+            and problem["task_id"] not in too_long]
+    todo.sort(key=lambda pair: len(pair[1]["prompt"]))               # less padding
     if todo:
         check_sandbox(problems)
-    with open(path, "a", encoding="utf-8") as file, ThreadPoolExecutor(usable_cores()) as pool:
+    with open(path, "a") as file, ThreadPoolExecutor(usable_cores()) as pool:
         for start in tqdm(range(0, len(todo), batch_size), unit=" batches", disable=None):
-            batch = todo[start:start + batch_size]
-            asked = [problems[i] for _, i in batch]
+            seeds, asked = zip(*todo[start:start + batch_size])
             prompts = [problem["prompt"].rstrip() for problem in asked]      # "\n    " is one token
-            seeds = [sample * len(problems) + i for sample, i in batch]
             texts = generate(model, tokenizer, prompts, stop=STOP, seeds=seeds, **settings)
             verdicts = pool.map(check_correctness, asked, texts)
-            for (sample, i), text, verdict in zip(batch, texts, verdicts):
-                rows.append({"task_id": tasks[i], "sample": sample,
+            for seed, problem, text, verdict in zip(seeds, asked, texts, verdicts):
+                rows.append({"task_id": problem["task_id"], "sample": seed // len(tasks),
                              "completion": text, "made": made} | verdict)
                 file.write(json.dumps(rows[-1]) + "\n")
             file.flush()
@@ -828,49 +825,34 @@ def humaneval(model, tokenizer, problems, path, origin, samples=1, batch_size=16
 
 def pass_at_k(rows, tasks, samples):
     """Mean over the problems, from rows of {"task_id", "sample", "passed"}."""
-    passed = dict.fromkeys(tasks, 0)
-    for row in rows:
-        if row["sample"] < samples and row["task_id"] in passed:
-            passed[row["task_id"]] += row["passed"]
+    passed = Counter(row["task_id"] for row in rows if row["passed"] and row["sample"] < samples)
     found = {}
-    for k in filter(lambda k: k <= samples, (1, 10, 100)):
-        chances = [estimate_pass_at_k(samples, count, k) for count in passed.values()]
-        found[f"pass@{k}"] = float(np.mean(chances))
-    ones = [count / samples for count in passed.values()]            # pass@1 of each problem
+    for k in (1, 10, 100):
+        if k <= samples:
+            chances = [estimate_pass_at_k(samples, passed[task], k) for task in tasks]
+            found[f"pass@{k}"] = float(np.mean(chances))
+    ones = [passed[task] / samples for task in tasks]                # pass@1 of each problem
     return found | {"stderr": float(np.std(ones) / np.sqrt(len(tasks)))}
 
 
 # ------------------------------------------------------------------------------------ the judge
 #
-# A child interpreter runs the functions below, not this file: it must not import torch, nor hold
+# A child interpreter runs this section, not this file: it must not import torch, nor hold
 # anything of ours. It forks. The *worker* runs the completion; the *judge* runs the asserts, on
 # values that it has the worker compute. So no secret is needed: the pipe for the verdict is open in
 # the judge alone, and nothing but plain data gets into the judge.
 
 # Of every process that a completion starts: bytes of memory and of a file, and counts.
 LIMITS = {"AS": 2 ** 30, "FSIZE": 2 ** 24, "NPROC": 8, "NOFILE": 64, "CORE": 0}
-
-
-class Linux:
-    """Numbers of the kernel's own header files."""
-    PR_SET_PDEATHSIG = 1
-    PR_SET_DUMPABLE = 4
-    PR_SET_CHILD_SUBREAPER = 36
-    PR_SET_NO_NEW_PRIVS = 38
-    CLONE_NEWIPC = 0x08000000
-    CLONE_NEWUSER = 0x10000000
-    CLONE_NEWPID = 0x20000000
-    CLONE_NEWNET = 0x40000000
-    LANDLOCK_CREATE_RULESET = 444
-    LANDLOCK_ADD_RULE = 445
-    LANDLOCK_RESTRICT_SELF = 446
-    LANDLOCK_WRITE = (0x1FF2, 0x3FF2, 0x7FF2)  # version 1: change files; 2: move; 3: truncate them
+libc = ctypes.CDLL(None)
+kept = {}                                            # in the worker: what the judge uses
 
 
 def ask(function, *args, **kwargs):
     """The judge has the worker call a function. Its exception is raised here."""
-    pickle.dump((function, args, kwargs), ask.calls)
-    returned, value = PlainUnpickler(ask.replies).load()
+    pickle.dump((function, args, kwargs), ask.worker)
+    ask.worker.flush()
+    returned, value = PlainUnpickler(ask.worker).load()
     if returned:
         return value
     # Of the program's making it would end a map() of the asserts.
@@ -880,26 +862,15 @@ def ask(function, *args, **kwargs):
     raise kind.__new__(kind)
 
 
-def remote(function):
-    return lambda self, *args, **kwargs: ask(function, self, *args, **kwargs)
-
-
 class Remote:
     """In the judge: an object of the program. It stays in the worker, and is used there."""
-    objects = []
-    __call__ = remote(operator.call)
-    __bool__ = remote(bool)
-    __iter__ = remote(iter)
-    __next__ = remote(next)
-    __len__ = remote(len)
-    __repr__ = remote(repr)
-    __str__ = remote(str)
+    __call__ = ask
 
     def __init__(self, number):
         self._number = number
 
     def __reduce__(self):
-        return kept, (self._number,)
+        return kept_object, (self._number,)
 
     def __getattr__(self, name):
         # Such as __array_interface__, an address that numpy would read.
@@ -914,77 +885,68 @@ class Remote:
         return True
 
 
-def kept(number):
-    return Remote.objects[number]
+for use in (bool, iter, len, next, repr, str):
+    setattr(Remote, f"__{use.__name__}__", lambda self, use=use: ask(use, self))
+
+
+def kept_object(number):
+    return kept[number]
 
 
 class PlainUnpickler(pickle.Unpickler):
     """Loads numbers, strings and containers of them; anything else is a Remote."""
     def find_class(self, module, name):
         # Not the class itself, which what is loaded could change.
-        return partial(Remote)
+        return lambda number: Remote(number)
 
 
 def plain(value):
     """Containers of derived kinds, such as Counter, as the kind they are derived from."""
     if type(value).__module__ == "numpy":
         value = value.tolist()
-    if isinstance(value, dict):
-        return dict(plain(list(value.items())))
-    for kind in (list, tuple, set, frozenset):
+    for kind in (dict, list, tuple, set, frozenset):
         if isinstance(value, kind):
-            return kind(map(plain, value))
+            return kind(map(plain, value.items() if kind is dict else value))
     if type(value) in (bool, int, float, str, bytes, type(None)):
         return value
-    Remote.objects.append(value)
-    return Remote(len(Remote.objects) - 1)
+    kept[id(value)] = value
+    return Remote(id(value))
 
 
-def define(program, name):
+def define(user, program, name):
     """The program's function, class or method of that name."""
+    give_up_rights(user)
     namespace = {}
     exec(program, namespace)
     return eval(name, namespace)
 
 
-def serve_calls(calls, replies, libc, user):
+def serve_calls(judge):
     """The worker: does with the program what it is asked, as often as it is asked."""
-    try:
-        give_up_rights(libc, user)
-    except OSError as error:
-        pickle.dump((False, str(error)), replies)
-        return calls.read()
     while True:
-        function, args, kwargs = pickle.load(calls)
+        function, args, kwargs = pickle.load(judge)
         try:
-            pickle.dump((True, plain(function(*args, **kwargs))), replies)
+            reply = (True, plain(function(*args, **kwargs)))
         except BaseException as error:
-            pickle.dump((False, type(error).__name__), replies)
+            reply = (False, type(error).__name__)
+        pickle.dump(reply, judge)
+        judge.flush()
 
 
-def beginning(source):
-    """As many first lines as are a program by themselves: a prompt ends anywhere."""
-    lines = source.splitlines(keepends=True)
-    while True:
-        with suppress(SyntaxError, ValueError):
-            compile("".join(lines), "prompt", "exec")
-            return "".join(lines)
-        lines.pop()
-
-
-def run_asserts(calls, replies):
+def run_asserts(user):
     """The judge: runs the asserts on a function that is called in the worker."""
-    ask.calls = calls
-    ask.replies = replies
     namespace = {}
     try:
         problem, completion = json.load(sys.stdin)
-        prompt = problem["prompt"]
         name = problem["entry_point"]
-        entry = ask(define, prompt + completion + "\n", name)
-        # Asserts may use another function of the prompt.
-        with suppress(Exception):
-            exec(beginning(prompt), namespace)
+        entry = ask(define, user, problem["prompt"] + completion + "\n", name)
+        # Asserts may use another function of the prompt. A prompt ends anywhere.
+        lines = problem["prompt"].split("\n")
+        while lines:
+            with suppress(Exception):
+                exec("\n".join(lines), namespace)
+                break
+            lines.pop()
         namespace[name] = entry
         exec(problem["test"], namespace)
         namespace["check"](entry)
@@ -995,7 +957,7 @@ def run_asserts(calls, replies):
 
 def kill_all(worker):
     """Kills the worker and all its descendants: an orphan becomes a child of this process."""
-    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.alarm(0)
     os.kill(worker, signal.SIGKILL)
     with suppress(OSError):
         os.killpg(worker, signal.SIGKILL)
@@ -1003,14 +965,14 @@ def kill_all(worker):
     mine = b"\nPPid:\t%d\n" % os.getpid()
     with suppress(ChildProcessError):
         while os.waitpid(-1, os.WNOHANG):
-            for path in glob.glob("/proc/[0-9]*/status"):
-                with suppress(OSError), open(path, "rb") as file:
+            for name in filter(str.isdigit, os.listdir("/proc")):
+                with suppress(OSError), open(f"/proc/{name}/status", "rb") as file:
                     if mine in file.read():
-                        os.kill(int(path.split("/")[2]), signal.SIGKILL)
+                        os.kill(int(name), signal.SIGKILL)
             time.sleep(0.001)
 
 
-def give_up_rights(libc, user):
+def give_up_rights(user):
     """The worker gives up, for good, what a program does not need."""
     os.setsid()
     if user:
@@ -1019,71 +981,70 @@ def give_up_rights(libc, user):
         os.setuid(user)
     if sys.platform != "linux":
         return
-    libc.prctl(Linux.PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # die with the judge
-    libc.prctl(Linux.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)  # no sudo
+    libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: die with the judge
+    libc.prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS: no sudo
     # Landlock: write to no file outside of this folder and, from version 6 on, use no TCP and
     # signal no other process. Where the kernel does not have it, these calls do nothing.
-    version = libc.syscall(Linux.LANDLOCK_CREATE_RULESET, None, 0, 1)
-    write = Linux.LANDLOCK_WRITE[min(version, 3) - 1]
+    # 444 creates its rules, 445 adds to them, 446 restricts this process to them.
+    version = libc.syscall(444, None, 0, 1)
+    # Change files; from version 2 on also move, from 3 on also truncate them.
+    write = (0x1FF2, 0x3FF2, 0x7FF2)[min(version, 3) - 1]
     rights = struct.pack("QQQ", write, 3, 3)
-    size = 24 if version >= 6 else 8
-    rules = libc.syscall(Linux.LANDLOCK_CREATE_RULESET, rights, size, 0)
+    rules = libc.syscall(444, rights, 24 if version >= 6 else 8, 0)
     folder = struct.pack("Qi", write, os.open(".", os.O_RDONLY))
-    libc.syscall(Linux.LANDLOCK_ADD_RULE, rules, 1, folder, 0)
-    libc.syscall(Linux.LANDLOCK_RESTRICT_SELF, rules, 0)
+    libc.syscall(445, rules, 1, folder, 0)
+    libc.syscall(446, rules, 0)
 
 
 def open_library(installed):
     """Python's library may lie below /root. A descriptor keeps it in reach of another user."""
-    packages = [module.__path__ for module in sys.modules.values() if hasattr(module, "__path__")]
     for library in (os.path.dirname(os.__file__), installed):
         opened = f"/proc/self/fd/{os.open(library, os.O_RDONLY)}"
-        for paths in [sys.path, *packages]:
+        for module in sys.modules.values():
+            paths = getattr(module, "__path__", sys.path)
             paths[:] = [path.replace(library, opened) for path in paths]
 
 
-def isolate(libc, user):
+def isolate(user):
     """Judge and worker get no network; the judge gets all orphans, and nobody sees into it."""
     if sys.platform != "linux":
         return
-    libc.prctl(Linux.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    libc.prctl(Linux.PR_SET_DUMPABLE, 0, 0, 0, 0)  # not to be traced, nor read through /proc
-    spaces = Linux.CLONE_NEWPID | Linux.CLONE_NEWNET | Linux.CLONE_NEWIPC
+    libc.prctl(36, 1)  # PR_SET_CHILD_SUBREAPER
+    libc.prctl(4, 0)  # PR_SET_DUMPABLE: not to be traced, nor read through /proc
+    spaces = 0x20000000 | 0x40000000 | 0x08000000  # CLONE_NEWPID, NEWNET, NEWIPC
     if not user:
-        spaces |= Linux.CLONE_NEWUSER  # by which others than root may, on some systems
+        spaces |= 0x10000000  # CLONE_NEWUSER, by which others than root may, on some systems
     libc.unshare(spaces)
 
 
-def child(timeout, limits, user, installed):
+def child(timeout, user, installed):
     """The child interpreter's program: one verdict on standard output."""
-    libc = ctypes.CDLL(None)
     sys.path.append(installed)
     if user:
         open_library(installed)
-    isolate(libc, user)
+    isolate(user)
     verdict = os.dup(1)
     nowhere = os.open(os.devnull, os.O_RDWR)
     os.dup2(nowhere, 1)
     os.dup2(nowhere, 2)
-    calls = os.pipe()
-    replies = os.pipe()
+    here, there = socket.socketpair()
     worker = os.fork()
-    for name, limit in limits.items():
+    seconds = math.ceil(timeout)
+    for name, limit in (LIMITS | {"CPU": seconds}).items():
         with suppress(OSError, ValueError):  # macOS does not limit memory
             resource.setrlimit(getattr(resource, "RLIMIT_" + name), (limit, limit))
     if worker == 0:
         os.dup2(nowhere, 0)
-        for pipe in (verdict, calls[1], replies[0]):
-            os.close(pipe)
-        serve_calls(open(calls[0], "rb"), open(replies[1], "wb", buffering=0), libc, user)
-        os._exit(0)
-    os.close(calls[0])
-    os.close(replies[1])
+        os.close(verdict)
+        here.close()
+        serve_calls(there.makefile("rwb"))
+    there.close()
+    ask.worker = here.makefile("rwb")
 
     def finish(result):
         kill_all(worker)
-        used = sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
-        if result != "passed" and used > limits["CPU"] - 0.1:
+        used = sum(os.times()[2:4])  # by the worker and its children
+        if result != "passed" and used > seconds - 0.1:
             result = "timed out"
         os.write(verdict, " ".join(result.split())[:80].encode(errors="replace"))
         os._exit(0)
@@ -1091,19 +1052,15 @@ def child(timeout, limits, user, installed):
     signal.signal(signal.SIGALRM, lambda *_: finish("timed out"))
     # By the clock it has ten times as long: it may have to wait for a processor.
     signal.setitimer(signal.ITIMER_REAL, 10 * timeout)
-    finish(run_asserts(open(calls[1], "wb", buffering=0), open(replies[0], "rb")))
+    finish(run_asserts(user))
 
 
-RUNNER = "\n\n".join((                               # the child's whole source
-    "import builtins, ctypes, glob, json, operator, os, pickle, resource, signal, struct",
-    "import sys, time",
-    "from contextlib import suppress",
-    "from functools import partial",
-    *map(inspect.getsource, (
-        Linux, ask, remote, Remote, kept, PlainUnpickler, plain, define, serve_calls,
-        beginning, run_asserts, kill_all, give_up_rights, open_library, isolate, child)),
-    "child(*json.loads(sys.argv[1]))",
-))
+# The child's source: this section up to here.
+SOURCE = Path(__file__).read_text(encoding="utf-8")
+RUNNER = """import builtins, ctypes, json, math, os, pickle, resource, signal, socket
+import struct, sys, time
+from contextlib import suppress
+""" + SOURCE[SOURCE.index("LIMITS = {"):SOURCE.index("SOURCE = ")]
 
 
 def check_correctness(problem, completion, timeout=10.0):
@@ -1129,22 +1086,22 @@ def check_correctness(problem, completion, timeout=10.0):
             except OSError as error:
                 if error.errno != errno.EINVAL:
                     raise
-                # The root of a container that has no such user.
-                user = 0
-        limits = LIMITS | {"CPU": math.ceil(timeout)}
-        settings = json.dumps([timeout, limits, user, os.path.dirname(np.__path__[0])])
+                user = 0                             # a container's root has no such user
+        arguments = (timeout, user, os.path.dirname(np.__path__[0]))
         output = subprocess.run(
-            [sys.executable, "-I", "-S", "-c", RUNNER, settings],
-            input=json.dumps([problem, completion]).encode(),
+            [sys.executable, "-I", "-S", "-c", f"{RUNNER}child{arguments}"],
+            input=json.dumps([problem, completion]),
+            encoding="utf-8",
+            errors="replace",
             stdout=subprocess.PIPE,
             # Which tells why the interpreter cannot start.
             stderr=subprocess.STDOUT,
             cwd=folder,
-            env={"HOME": folder, "TMPDIR": folder, "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"},
+            env={"HOME": folder, "TMPDIR": folder, "OMP_NUM_THREADS": "1"},
             start_new_session=True,
             timeout=10 * timeout + 10,
         ).stdout
-        result = (output.decode(errors="replace").splitlines() or ["failed"])[-1]
+        result = (output.splitlines() or ["failed"])[-1]
     except subprocess.TimeoutExpired:
         result = "timed out"
     finally:  # whatever the program did to the permissions or the depth of the folder
@@ -1763,7 +1720,7 @@ def print_choice(rows, budget, metric, where):
 
     chosen = choose(rows, budget, metric)
     if not chosen:
-        least = min(rows, key=operator.itemgetter("parameters"))
+        least = min(rows, key=lambda row: row["parameters"])
         print(f"error: no subnet fits within {costs(budget)}; the smallest, {least['name']}, has "
               f"{costs(least)}", file=sys.stderr)
         return 3
@@ -1781,9 +1738,8 @@ def print_humaneval(args, run, problems):
     settings = {key: getattr(args, key) for key in ("max_new_tokens", "temperature", "top_p")}
     origin = {"adapters": data.sha256([run.folder / "adapters.safetensors"]),
               "problems": data.sha256([args.humaneval]), "dtype": args.dtype}
-    room = run.model.max_tokens
     too_long = [problem["task_id"] for problem in problems
-                if len(run.tokenizer.encode(problem["prompt"].rstrip()).ids) >= room]
+                if len(run.tokenizer.encode(problem["prompt"]).ids) >= run.model.max_tokens]
     for phi in run.subnets:
         path = run.folder / f"humaneval-{phi.name}.jsonl"
         found = humaneval(run.model.extract(phi), run.tokenizer, problems, path, origin,

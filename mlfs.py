@@ -840,7 +840,8 @@ def shared_inputs(args):
 def load_model(row, folder, hp, device):
     """The base model, ready for stage 0; ValueError if it cannot serve the task."""
     torch.manual_seed(hp.seed)
-    model = load_pretrained(folder, max(1, len(row.labels)), pick_dtype(hp, device))
+    model = load_pretrained(folder, max(1, len(row.labels)), pick_dtype(hp, device),
+                            row.labels)
     code = "loss" in row.metrics
     if isinstance(model, Decoder) != code:
         kind = "a decoder" if code else "an encoder"
@@ -859,7 +860,14 @@ def fit_settings(hp, given, model, folder):
     if hp.rank > model.config["hidden_size"]:
         raise ValueError(f"rank {hp.rank} exceeds the hidden size {model.config['hidden_size']} of "
                          f"{folder}")
-    return dataclasses.replace(hp, max_length=min(hp.max_length, model.max_tokens))
+    if model.drawn and not hp.epochs[0]:
+        raise ValueError(f"--epochs 0,... would leave the new {' and '.join(model.drawn)} of "
+                         f"{folder} untrained; give stage 0 an epoch at least")
+    # Of 2 heads there is no share of 0.75: the palette goes without, unless it was asked for.
+    heads = model.config["num_attention_heads"] // model.head_group
+    possible = tuple(share for share in hp.widths if share * heads % 1 == 0)
+    widths = hp.widths if "widths" in given else possible
+    return dataclasses.replace(hp, max_length=min(hp.max_length, model.max_tokens), widths=widths)
 
 
 MODEL_OPTIONS = ("max_length", "widths", "depths", "hidden")         # whose values suit one model
@@ -952,11 +960,13 @@ def opening(run):
     counts = [f"{found[split]:,} {split}" for split in ("train", "held_out", *run.splits)]
     classes = f"classes: {', '.join(run.task.labels)[:200]}\n" if run.task.labels else ""
     skipped = f"; skipped: {found['skipped']}" if found["skipped"] else ""
-    return (f"MLFS on {s['task']}: {Path(s['base']['folder']).name}, "
+    base = Path(s["base"]["folder"]).name
+    notes = "".join(f"\n{base}: {note}" for note in run.model.notes)
+    return (f"MLFS on {s['task']}: {base}, "
             f"{s['space'][0]['parameters'] / 1e6:.1f}M parameters\n"
             f"data: {found['folder']}; {', '.join(counts)}{skipped}\n{classes}"
             f"𝒜: {', '.join(phi.name for phi in run.space)}\n"
-            f"{s['device']}, {s['dtype']}; writes {run.folder}/")
+            f"{s['device']}, {s['dtype']}; writes {run.folder}/{notes}")
 
 
 def closing(run):

@@ -202,6 +202,8 @@ class SuperTransformer(nn.Module):
         self.num_stages = 0
         self.gradient_checkpointing = False          # keep no activations inside layers; recompute
         self.order: dict[str, Tensor] = {}           # what `permute` did; stored with the adapters
+        self.drawn: list[str] = []                   # parts of the head that no checkpoint had
+        self.notes: list[str] = []                   # what loading left out or took for granted
 
     def forward(self, ids, mask=None, phi=None, **more):
         """z, h = f_Φ(x; Π_Φ(W_Sup)); ids and mask (B, T), mask 1 for a real token (Sec. 4).
@@ -450,7 +452,9 @@ class Bert(SuperTransformer):
 
     def embed(self, ids, segments, H):                               # (B, T, H)
         positions = torch.arange(ids.size(1), device=ids.device) + self.first_position
-        segments = torch.zeros_like(ids) if segments is None else segments
+        # With one row there is one segment (RoBERTa): a pair's second sentence has it, too.
+        if segments is None or self.config["type_vocab_size"] == 1:
+            segments = torch.zeros_like(ids)
         return self.embedding_norm(
             self.word_embeddings(ids, H) + self.position_embeddings(positions, H)
             + self.token_type_embeddings(segments, H))
@@ -496,13 +500,13 @@ class Bert(SuperTransformer):
 
     @classmethod
     def adopt(cls, stored, config, num_labels):
-        """The checkpoint's classifier where it has the classes wanted; otherwise a new one."""
+        """The checkpoint's classifier stays where it has the classes wanted."""
         name = checkpoint_name(cls, "classifier")
-        weight = stored.get(f"{name}.weight")
-        classes = weight.size(0) if weight is not None and weight.dim() else 0
+        classes = stored.get(f"{name}.weight", torch.empty(0)).shape[:1].numel()
         config["num_labels"] = num_labels or classes or 2
-        if classes != config["num_labels"]:
-            stored |= new_linear(name, config["num_labels"], config["hidden_size"])
+        if classes != config["num_labels"]:          # `draw_head` makes a new one
+            stored.pop(f"{name}.weight", None)
+            stored.pop(f"{name}.bias", None)
 
 
 # ------------------------------------------------------------------------------------ decoders
@@ -824,6 +828,11 @@ class Llama(Decoder):
             raise ValueError(f"rope_theta must be a positive number, at least 1, not "
                              f"{short(theta)}")
         config["rope_theta"] = float(theta)
+        window = config.get("sliding_window")
+        # A window that holds the longest text hides nothing.
+        wide = type(window) is int and window >= config["max_position_embeddings"]
+        if re.search("sliding|chunked", str(config.pop("layer_types", ""))) and not wide:
+            raise ValueError("layer_types with a sliding window are not supported")
 
     @classmethod
     def read(cls, name, tensor, config):
@@ -838,6 +847,7 @@ class Llama(Decoder):
 
 FAMILIES: dict[str, type[SuperTransformer]] = {
     "bert": Bert, "gpt_bigcode": GPT, "gpt2": GPT, "llama": Llama}
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 NEEDED = ("vocab_size", "hidden_size", "num_attention_heads", "num_hidden_layers",
           "max_position_embeddings")
 
@@ -865,9 +875,9 @@ def read_config(folder):
     """config.json in our words, complete; ValueError names a field that this code cannot serve."""
     path = folder / "config.json"
     given = {key: value for key, value in read_json(path).items() if value is not None}
-    kind = given.get("model_type")
+    kind = given.setdefault("model_type", infer_type(given.get("architectures")))
     if kind not in list(FAMILIES):                   # a list: what is stored may have no hash
-        raise ValueError(f"{path}: model_type {short(kind)} is not supported; choose from "
+        raise ValueError(f"{path}: model_type {short(kind)} is not supported; set it to one of "
                          f"{', '.join(FAMILIES)}")
     family = FAMILIES[kind]
     ours = {theirs: name for name, theirs in family.config_names.items()}
@@ -891,8 +901,16 @@ def read_config(folder):
     return config
 
 
+def infer_type(architectures):
+    """["BertForMaskedLM"] -> "bert"; None if that names no family of ours."""
+    words = str(architectures).replace("GPTBigCode", "gpt_bigcode").lower()
+    found = re.search(rf"\b({'|'.join(FAMILIES)})(for|model|lmhead)", words)
+    return found and found[1]
+
+
 def check_size(family, config, key):
-    most = 2 ** (24 if key == "max_position_embeddings" else 20)
+    # No more layers than can be built in a moment.
+    most = 2 ** {"max_position_embeddings": 24, "num_hidden_layers": 9}.get(key, 20)
     size = config.get(key)
     if type(size) is not int or not 1 <= size <= most:
         raise ValueError(f"{family.config_names.get(key, key)} must be a positive whole number, at "
@@ -911,6 +929,9 @@ def check_choices(family, config):
         if config.get(key, known[0]) not in known:
             raise ValueError(f"{family.config_names.get(key, key)} {short(config[key])} is not "
                              f"supported; choose from {', '.join(map(str, known))}")
+    for key in ("id2label", "label2id"):
+        if not isinstance(config.get(key, {}), dict):
+            raise ValueError(f"{key} must be an object, not {short(config[key])}")
 
 
 def checkpoint_files(folder):
@@ -947,59 +968,95 @@ def read_checkpoint(folder):
             raise ValueError(f"{path} {what}: {str(error)[:200]}") from None
 
 
-def load_pretrained(folder, num_labels=None, dtype=None):
+def load_pretrained(folder, num_labels=None, dtype=None, labels=()):
     """The checkpoint in `folder`, frozen but for its head.
 
-    Every tensor finds its parameter and every parameter its tensor. num_labels: classes wanted; a
-    stored classifier is used when it has that many (or when None), otherwise a new one starts, from
-    torch's global seed. dtype: of the frozen weights (None: as in the file); the head is float32.
-    FileNotFoundError or ValueError names a missing, extra, misshapen or not finite tensor.
+    Every parameter finds its tensor, and every tensor but a foreign head's its parameter.
+    num_labels: classes wanted; a stored classifier is used when it has that many (or when None),
+    otherwise a new one starts, from torch's global seed. labels: their names, see `order_classes`.
+    dtype: of the frozen weights (None: as in the file); the head is float32. The model's `notes`
+    say what was drawn or left out. FileNotFoundError or ValueError names a missing, extra,
+    misshapen or not finite tensor.
     """
     folder = Path(folder)
     config = read_config(folder)
     family = FAMILIES[config["model_type"]]
     try:
-        stored = tensors_by_name(folder, family, config)
-        if config["num_hidden_layers"] > len(stored):                # before a million are built
-            raise ValueError(f"config.json asks for {config['num_hidden_layers']} layers; the "
-                             f"checkpoint has {len(stored)} tensors")
+        stored, foreign = tensors_by_name(folder, family, config)
         family.adopt(stored, config, num_labels)
         with torch.device("meta"):                   # shapes only: tensors are assigned, not copied
             model = family(config)
+        draw_head(model, stored)
         weights = {}
         for name, p in model.named_parameters():
             key = checkpoint_name(family, name)
             if key not in stored:
                 raise ValueError(f"tensor {key!r} is missing from the checkpoint")
             weights[name] = fitted(key, stored.pop(key), p, dtype)
-        if stored:
-            raise ValueError(f"tensor {short(min(stored))} has no place in a "
+        if unknown := stored.keys() - foreign:
+            raise ValueError(f"tensor {short(min(unknown))} has no place in a "
                              f"{config['model_type']} model")
+        if stored:
+            model.notes.append(f"left out, a foreign head: {', '.join(map(short, sorted(stored)))}")
     except ValueError as error:
         named = str(folder) in str(error)
         raise ValueError(str(error) if named else f"{folder}: {error}") from None
     model.load_state_dict(weights, assign=True)
+    if labels and "classifier" not in model.drawn:
+        order_classes(model, labels)
     return model
 
 
 def tensors_by_name(folder, family, config):
-    """All stored tensors under the names of `tensor_names`."""
+    """All stored tensors under the names of `tensor_names`; the names of what may be foreign."""
+    network = {name.split(".")[0] for name in (*family.tensor_names.values(), "lm_head")}
     stored: dict[str, Tensor] = {}
+    foreign = set()
     for name, tensor in read_checkpoint(folder):
         for key, part in family.read(name, tensor, config).items():
+            if key == name and key.split(".")[0] not in network:
+                foreign.add(key)                     # neither "bert.", say, nor "encoder."
             if key in stored:
                 raise ValueError(f"tensor {short(key)} is there twice, under two spellings")
+            # Told here, for torch can hardly compare others. A foreign head may count batches.
+            if part.dtype not in FLOATS and key.endswith(("weight", "bias")):
+                raise ValueError(f"tensor {short(key)} is {part.dtype}, not floating point of 16 "
+                                 f"to 64 bits")
             stored[key] = part
-    return stored
+    return stored, foreign
+
+
+def draw_head(model, stored):
+    """Adds to `stored` what it lacks of the head: a masked LM, say, has no pooler."""
+    for part in model.trained_whole:
+        name = checkpoint_name(type(model), part)
+        if f"{name}.weight" not in stored and f"{name}.bias" not in stored:
+            stored |= new_linear(name, *getattr(model, part).weight.shape)
+            model.drawn.append(part)
+            model.notes.append(f"no {part} that fits is stored: a new one is drawn")
+
+
+def order_classes(model, labels):
+    """Puts a stored classifier's rows where config.json's names of them say, in any case.
+
+    GLUE's numbers are names, too. Where other names, or none, are there, the rows stay.
+    """
+    names = {str(name): row for row, name in model.config.get("id2label", {}).items()}
+    names = model.config.get("label2id", {}) | names
+    rows = {name.casefold(): str(row) for name, row in names.items()}
+    order = [rows.get(label.casefold(), rows.get(str(i))) for i, label in enumerate(labels)]
+    if set(order) == {str(i) for i in range(len(labels))}:
+        model.classifier.permute(outputs=torch.tensor([int(row) for row in order]))
+    elif rows and "label_0" not in rows:
+        model.notes.append(f"its classes {short(list(names))} are taken for {short(labels)}")
 
 
 def fitted(key, tensor, p, dtype):
-    """A stored tensor as parameter p wants it; ValueError for another shape or kind of numbers."""
+    """A stored tensor as parameter p wants it; ValueError for another shape or what is not finite.
+    """
     if tensor.shape != p.shape:
         raise ValueError(f"tensor {key!r} is {tuple(tensor.shape)}; config.json asks for "
                          f"{tuple(p.shape)}")
-    if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        raise ValueError(f"tensor {key!r} is {tensor.dtype}, not floating point of 16 to 64 bits")
     if p.requires_grad:
         tensor = tensor.to(torch.float32).clone()    # a copy: a view would keep the file in memory
     else:
@@ -1026,10 +1083,8 @@ def load_trained_state(model, state):
 
     ValueError names the first tensor that does not fit.
     """
-    order = {n.removeprefix("order."): t for n, t in state.items() if n.startswith("order.")}
-    if order:
-        check_order(model, order)
-        model.permute(order)
+    if any(name.startswith("order.") for name in state):
+        model.permute(stored_order(model, state))
     first = f"layers.0.{model.adapted[0]}."
     if first + "weight" in state:                    # full-rank MLFS: all of W is in there
         model.add_stage(None)
@@ -1037,7 +1092,8 @@ def load_trained_state(model, state):
         model.add_stage(A_s.shape[-1:].numel())
     own = model.trained_state()
     for name in sorted({*own, *state}):
-        if name not in state or name not in own or own[name].shape != state[name].shape:
+        fits = name in state and name in own and own[name].shape == state[name].shape
+        if not fits or state[name].dtype not in (*FLOATS, torch.int64):
             raise ValueError(f"the adapters do not fit this base model: tensor {short(name)} is "
                              f"missing, extra or misshapen")
         own[name].copy_(state[name])
@@ -1046,16 +1102,19 @@ def load_trained_state(model, state):
                              f"value")
 
 
-def check_order(model, order):
-    """ValueError unless there is a permutation of every layer's heads and neurons."""
+def stored_order(model, state):
+    """`permute`'s argument; ValueError unless it permutes every layer's heads and neurons."""
     sizes = {"heads": model.maxnet.num_attention_heads, "neurons": model.maxnet.intermediate_size}
+    order = {}
     for l in model.maxnet.layers:
         for kind, size in sizes.items():
-            index = order.get(f"{l}.{kind}")
-            whole_numbers = index is not None and index.dtype == torch.int64
+            index = state.get(f"order.{l}.{kind}", torch.empty(0))
+            order[f"{l}.{kind}"] = index
+            whole_numbers = index.dtype == torch.int64
             if not whole_numbers or not torch.equal(index.sort().values, torch.arange(size)):
                 raise ValueError(f"the adapters do not fit this base model: 'order.{l}.{kind}' is "
                                  f"no permutation of its {size}")
+    return order
 
 
 @torch.no_grad()

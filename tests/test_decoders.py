@@ -335,6 +335,19 @@ def copied(tmp_path, layout: str, edit=None, **config) -> Path:
             {},
             "differs from the embedding",
         ),
+        (
+            "gpt-bigcode-head",
+            lambda t: t.update({"lm_head.weight": t["lm_head.weight"].to(torch.complex64)}),
+            {},
+            "'lm_head.weight' is torch.complex64, not floating point",
+        ),
+        (
+            "gpt-bigcode-head",
+            lambda t: t.update({"lm_head.weight": t["lm_head.weight"].to(torch.float8_e4m3fn)}),
+            {},
+            "'lm_head.weight' is torch.float8_e4m3fn, not floating point",
+        ),
+        ("llama-mha", lambda t: t.update({"lm_head.bias": torch.ones(50)}), {}, "has no place"),
         ("gpt-bigcode", lambda t: t.pop("transformer.wpe.weight"), {}, "'wpe.weight' is missing"),
         ("llama-mha", lambda t: t.pop("lm_head.weight"), {}, "'lm_head.weight' is missing"),
         ("llama-mha", None, {"attention_bias": True}, "attention_bias True is not supported"),
@@ -354,6 +367,37 @@ def test_a_decoder_checkpoint_that_does_not_fit_is_named_never_guessed(
 ):
     with pytest.raises(ValueError, match=words):
         load_pretrained(copied(tmp_path, layout, edit, **config))
+
+
+SLIDING = ["full_attention", "sliding_attention", "full_attention"]
+
+
+@pytest.mark.parametrize(
+    "config, fine",
+    [
+        ({"layer_types": ["full_attention"] * 3}, True),
+        ({"layer_types": None}, True),
+        ({"layer_types": SLIDING, "sliding_window": 12}, True),  # as many as there are positions
+        ({"layer_types": SLIDING, "sliding_window": 11}, False),
+        ({"layer_types": SLIDING, "sliding_window": None}, False),
+        ({"layer_types": ["chunked_attention"] * 3, "sliding_window": "x"}, False),
+    ],
+)
+def test_a_llama_with_a_window_is_refused_unless_it_holds_the_longest_text(tmp_path, config, fine):
+    folder = copied(tmp_path, "llama-gqa", **config)
+    if fine:
+        want = load_pretrained(REFERENCE / "llama-gqa")(tokens())[0]
+        assert torch.equal(load_pretrained(folder)(tokens())[0], want)
+    else:
+        with pytest.raises(ValueError, match="config.json: layer_types with a sliding window are"):
+            load_pretrained(folder)
+
+
+def test_a_decoders_foreign_head_is_left_out(tmp_path):
+    """The value head that reinforcement learning leaves behind."""
+    head = {"v_head.summary.weight": torch.ones(1, 16)}
+    folder = copied(tmp_path, "llama-gqa", lambda t: t.update(head))
+    assert "'v_head.summary.weight'" in load_pretrained(folder).notes[0]
 
 
 @pytest.mark.parametrize("layout", ["gpt-bigcode-head", "llama-gqa"])
@@ -464,12 +508,12 @@ def test_code_is_read_from_json_lines_plain_and_packed(tmp_path):
 @pytest.mark.parametrize(
     "name, content, words",
     [
-        ("a.jsonl", b'{"content": "x"}\n{"text": "y"}\n', "a.jsonl, after line 1: .*content"),
-        ("a.jsonl", b'{"content": 3}\n', "after line 0"),
-        ("a.jsonl", b"[1]\n", "after line 0"),
-        ("a.jsonl", b"\xff\n", "after line 0"),
-        ("a.jsonl.gz", gzip.compress(b'{"content": "x = 1"}\n' * 99)[:-9], "not JSON lines"),
-        ("a.py", b"x = 1\n", "1 usable Python files; at least 2 are needed"),
+        ("a.jsonl", b'{"content": "x"}\n{"text": "y"}\n', "a.jsonl, line 2: .*no column 'content'"),
+        ("a.jsonl", b'{"content": [3]}\n', "line 1: column"),
+        ("a.jsonl", b"[1]\n", "line 1: this is no JSON object"),
+        ("a.jsonl", b"\xff\n", "line 1: 'utf-8' codec"),
+        ("a.jsonl.gz", gzip.compress(b'{"content": "x = 1"}\n' * 99)[:-9], "line 99: Compressed"),
+        ("a.py", b"x = 1\n", "has 1 different texts; at least 2 are needed"),
     ],
 )
 def test_code_that_cannot_be_read_is_refused_in_one_sentence(tmp_path, name, content, words):

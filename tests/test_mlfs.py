@@ -4,17 +4,20 @@ torch.distributions, autograd or sums by hand.
 
 import copy
 import dataclasses
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 
 import data
 import evaluate
 import mlfs as m
-from conftest import batch, randomise_adapters, tiny_bert
+from conftest import LOAD_TOY, batch, randomise_adapters, tiny_bert, tiny_llama
 from mlfs import (
     HyperParameters,
     configuration_space,
@@ -83,6 +86,27 @@ def test_two_subnets_cannot_have_one_name():
     maxnet = tiny_bert(intermediate_size=3000).maxnet
     with pytest.raises(ValueError, match="two subnets would be called w0.5-d4"):
         configuration_space(maxnet, widths=[0.5, 0.5004])
+
+
+@pytest.mark.parametrize(
+    "model, widths",
+    [
+        (tiny_bert(num_attention_heads=2, head_dim=8), ["1", "0.5"]),
+        (tiny_bert(num_attention_heads=3, head_dim=5), ["1"]),
+        (tiny_llama(num_attention_heads=15, head_dim=1, num_key_value_heads=5), ["1"]),
+        (tiny_llama(), ["1", "0.5"]),
+        (tiny_bert(), ["1", "0.75", "0.5"]),
+    ],
+)
+def test_the_default_palette_takes_the_shares_that_exist(model, widths):
+    """Of 2 heads there is no 0.75, of 15 heads in 5 groups neither; asked for, that is an error."""
+    hp = m.fit_settings(HP, {}, model, "base")
+    names = [phi.name for phi in m.choose_space(hp, {}, model, "base")]
+    assert names == [f"w{w}-d{d}" for w in widths for d in (4, 3, 2)]
+    given = {"widths": (1.0, 0.3)}
+    hp = m.fit_settings(dataclasses.replace(HP, **given), given, model, "base")
+    with pytest.raises(ValueError, match="a share of 0.3 is not possible"):
+        m.choose_space(hp, given, model, "base")
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
@@ -424,3 +448,52 @@ def test_app_a_settings():
         assert hp.learning_rate == (5e-4 if task in ("mnli", "qnli") else 1e-3)
         assert hp.gamma == (1 if task == "sst2" else 2)
         assert (hp.rank, hp.alpha, hp.beta, hp.max_length) == (8, 0.9, 0.1, 128)
+
+
+def strangers_base(folder, *gone, **more) -> str:
+    """BERT's reference checkpoint of three classes without some tensors, with others."""
+    reference = Path(__file__).parent / "reference" / "bert-classifier"
+    tensors = load_file(reference / "model.safetensors")
+    kept = {name: t for name, t in tensors.items() if not name.startswith(gone)}
+    save_file(kept | more, folder / "model.safetensors")
+    (folder / "config.json").write_bytes((reference / "config.json").read_bytes())
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "is", "good", "bad"]
+    (folder / "vocab.txt").write_text("\n".join(words) + "\n")
+    return str(folder)
+
+
+def prepare(tmp_path, monkeypatch, *options):
+    monkeypatch.setattr(data, "load_toy", lambda: LOAD_TOY(train=40, dev=10))
+    command = ["--model", str(tmp_path), "--out", str(tmp_path / "run"), *options]
+    return m.prepare(*m.parse_arguments(command))[0]
+
+
+def test_the_opening_says_what_of_the_head_is_new_or_left_out(tmp_path, monkeypatch):
+    """Three classes are stored, the toy has two."""
+    strangers_base(tmp_path, "bert.pooler.", **{"linear.weight": torch.ones(2)})
+    told = m.opening(prepare(tmp_path, monkeypatch))
+    for words in ("no pooler that fits", "no classifier that fits", "head: 'linear.weight'"):
+        assert f"\n{tmp_path.name}: " in told and words in told
+
+
+def test_stage_0_cannot_be_left_out_where_the_classifier_is_new(tmp_path, monkeypatch):
+    """The students' teacher would be drawn at random; a stored classifier may do without."""
+    strangers_base(tmp_path)
+    with pytest.raises(ValueError, match="--epochs 0,... would leave the new classifier of"):
+        prepare(tmp_path, monkeypatch, "--epochs", "0,1,1")
+    assert not (tmp_path / "run").exists()
+    three = data.TASKS["toy"]._replace(labels=("a", "b", "c"))
+    monkeypatch.setitem(data.TASKS, "toy", three)
+    assert m.opening(prepare(tmp_path, monkeypatch, "--epochs", "0,1,1")).endswith("run/")
+
+
+def test_the_rows_of_a_checkpoints_classifier_are_those_of_the_task(tmp_path, monkeypatch):
+    """A sliced teacher scored 4.0 instead of 96.0: its row 0 was "positive", the task's class 1."""
+    two = {"classifier.weight": torch.ones(2, 16), "classifier.bias": torch.tensor([7.0, -7.0])}
+    strangers_base(tmp_path, "classifier.", **two)
+    config = json.loads((tmp_path / "config.json").read_text())
+    names = {"id2label": {"0": "POSITIVE", "1": "NEGATIVE"}}
+    (tmp_path / "config.json").write_text(json.dumps(config | names))
+    run = prepare(tmp_path, monkeypatch, "--epochs", "0,1,1")
+    assert run.task.labels == ("negative", "positive")
+    assert run.model.classifier.bias.tolist() == [-7.0, 7.0] and not run.model.notes

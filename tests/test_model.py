@@ -275,6 +275,10 @@ def test_adapters_of_another_base_model_are_refused(tiny, other, words):
         ("layers.0.query.A.0", torch.ones(2), "'layers.0.query.A.0' is missing, extra or"),
         ("order.1.heads", torch.arange(4.0), "'order.1.heads' is no permutation of its 4"),
         ("order.1.heads", torch.ones(4).to(torch.float8_e5m2), "'order.1.heads' is no permutation"),
+        ("order.9.heads", torch.ones(4).to(torch.float8_e4m3fn), "'order.9.heads' is missing, ex"),
+        ("order.9.heads", torch.arange(4), "'order.9.heads' is missing, extra or misshapen"),
+        ("classifier.bias", torch.ones(3).to(torch.float8_e4m3fn), "'classifier.bias' is missing"),
+        ("classifier.bias", torch.ones(3).to(torch.complex64), "'classifier.bias' is missing"),
     ],
 )
 def test_adapters_that_are_no_matrices_or_no_permutation_are_refused(tiny, name, wrong, words):
@@ -342,6 +346,122 @@ def damaged(tmp_path, edit=None, config=None):
 
 
 KEY = "bert.encoder.layer.1.attention.self.key.weight"
+MNLI = ("entailment", "neutral", "contradiction")
+
+
+@pytest.mark.parametrize(
+    "config, order",
+    [
+        ({"id2label": {"0": "CONTRADICTION", "1": "Neutral", "2": "entailment"}}, [2, 1, 0]),
+        ({"label2id": {"neutral": 0, "Contradiction": 1, "ENTAILMENT": 2}}, [2, 0, 1]),
+        ({"id2label": {"0": "2", "1": "0", "2": "1"}}, [1, 2, 0]),
+        ({"id2label": {"0": 1, "1": 2, "2": 0}}, [2, 0, 1]),
+        (
+            {
+                "id2label": {"0": "LABEL_0", "1": "LABEL_1", "2": "LABEL_2"},
+                "label2id": {"neutral": 0, "entailment": 1, "contradiction": 2},
+            },
+            [1, 0, 2],
+        ),
+        ({"label2id": {"LABEL_0": 2, "LABEL_1": 1, "LABEL_2": 0}}, [0, 1, 2]),
+        ({}, [0, 1, 2]),
+    ],
+)
+def test_a_stored_classifiers_rows_go_where_their_names_say(tmp_path, config, order):
+    """Any case, GLUE's numbers, id2label or label2id; LABEL_0, LABEL_1, ... tell nothing."""
+    stored = load_file(REFERENCE / "bert-classifier" / "model.safetensors")
+    folder = damaged(tmp_path, config=config)
+    for labels in (MNLI, [label.upper() for label in MNLI]):
+        model = load_pretrained(folder, 3, labels=labels)
+        assert torch.equal(model.classifier.weight, stored["classifier.weight"][order])
+        assert torch.equal(model.classifier.bias, stored["classifier.bias"][order])
+        assert not model.notes
+
+
+@pytest.mark.parametrize(
+    "names", [["bad", "so-so", "good"], ["entailment", "neutral", "other"], ["neutral"] * 3]
+)
+def test_rows_of_other_classes_stay_and_a_note_tells(tmp_path, names):
+    stored = load_file(REFERENCE / "bert-classifier" / "model.safetensors")
+    folder = damaged(tmp_path, config={"id2label": dict(enumerate(names))})
+    model = load_pretrained(folder, 3, labels=MNLI)
+    assert torch.equal(model.classifier.weight, stored["classifier.weight"])
+    (note,) = model.notes
+    assert f"'{names[0]}'" in note and "are taken for ('entailment', 'neutral'" in note
+
+
+@pytest.mark.parametrize("field", ["id2label", "label2id"])
+def test_classes_that_are_no_object_are_refused(tmp_path, field):
+    with pytest.raises(ValueError, match=f"config.json: {field} must be an object, not 'x'"):
+        load_pretrained(damaged(tmp_path, config={field: "x"}), 3, labels=MNLI)
+
+
+def test_a_missing_pooler_is_drawn_and_half_of_one_is_an_error(tmp_path):
+    """Masked language models and question answering have none."""
+
+    def without(*kinds):
+        return lambda t: [t.pop(f"bert.pooler.dense.{kind}") for kind in kinds]
+
+    model = load_pretrained(damaged(tmp_path / "both", without("weight", "bias")))
+    assert 0 < model.pooler.weight.std() < 0.1 and model.pooler.weight.requires_grad
+    assert model.drawn == ["pooler"] and "no pooler that fits is stored" in model.notes[0]
+    with pytest.raises(ValueError, match="'pooler.dense.weight' is missing"):
+        load_pretrained(damaged(tmp_path / "half", without("weight")))
+
+
+def test_a_foreign_head_is_left_out_by_name_with_the_same_logits(tmp_path):
+    """TinyBERT's, ColBERT's, SimCSE's, one of two layers; a head may count its batches."""
+    heads = ("fit_denses.0.weight", "linear.weight", "mlp.dense.bias", "classifier.dense.weight")
+    more = {name: torch.ones(2) for name in heads} | {"norm.batches": torch.tensor(7)}
+    model = load_pretrained(damaged(tmp_path, lambda t: t.update(more)))
+    plain = load_pretrained(REFERENCE / "bert-classifier")
+    assert torch.equal(model(**batch())[0], plain(**batch())[0])
+    assert not plain.notes and all(f"'{name}'" in model.notes[0] for name in more)
+
+
+def test_an_unknown_name_in_the_network_of_plain_keys_is_an_error(tmp_path):
+    tensors = load_file(REFERENCE / "bert-plain" / "model.safetensors")
+    shutil.copy(REFERENCE / "bert-plain" / "config.json", tmp_path)
+    for name in ("encoder.extra.weight", "embeddings.extra", "pooler.extra"):
+        save_file(tensors | {name: torch.ones(2)}, tmp_path / "model.safetensors")
+        with pytest.raises(ValueError, match=f"'{name}' has no place in a bert model"):
+            load_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "layout, architectures",
+    [
+        ("bert-classifier", ["BertForMaskedLM"]),
+        ("bert-classifier", "BertModel"),
+        ("bert-classifier", [None, "BertLMHeadModel"]),
+        ("gpt-bigcode", ["GPTBigCodeForCausalLM"]),
+        ("gpt2-custom", ["GPT2LMHeadCustomModel"]),
+        ("llama-gqa", ["LlamaModel"]),
+    ],
+)
+def test_without_a_model_type_the_architecture_tells(tmp_path, layout, architectures):
+    shutil.copytree(REFERENCE / layout, tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"architectures": architectures}
+    for unsaid in ({"model_type": None}, {}):
+        (tmp_path / "config.json").write_text(json.dumps(config | unsaid))
+        ids = batch()["ids"]
+        want = load_pretrained(REFERENCE / layout)(ids)[0]
+        assert torch.equal(load_pretrained(tmp_path)(ids)[0], want)
+        config.pop("model_type", None)
+
+
+@pytest.mark.parametrize("architectures", [None, [], 7, ["RobertaModel"], ["BertweetModel"]])
+def test_without_model_type_and_architecture_the_sentence_says_what_to_add(tmp_path, architectures):
+    folder = damaged(tmp_path, config={"model_type": None, "architectures": architectures})
+    with pytest.raises(ValueError, match="model_type None is not supported; set it to one of bert"):
+        load_pretrained(folder)
+
+
+def test_where_there_is_one_segment_both_sentences_have_it():
+    """type_vocab_size 1: a pair is read as RoBERTa reads it."""
+    model, x = tiny_bert(type_vocab_size=1), batch()
+    expected = model(**(x | {"segments": None}))[0]
+    assert x["segments"].any() and torch.equal(model(**x)[0], expected)
 
 
 @pytest.mark.parametrize(

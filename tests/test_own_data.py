@@ -98,7 +98,7 @@ def test_mrpc_with_the_columns_of_the_datasets_library(tmp_path):
     (tmp_path / "MRPC").mkdir()
     text = "sentence1\tsentence2\tlabel\tidx\na\tb\t1\t0\n"
     (tmp_path / "MRPC" / "dev.tsv").write_text(text)
-    assert data.load_glue("mrpc", "dev", tmp_path).texts == [("a", "b")]
+    assert data.load_table(data.GLUE["mrpc"], "dev", tmp_path).texts == [("a", "b")]
 
 
 GOOD = TEXT + "a,x\nb,y\n"
@@ -160,7 +160,7 @@ def test_a_table_with_a_tasks_name_starts_from_bert_base_as_others_do(name, tmp_
     [
         ("--train a.csv --text t", "--train FILE, --text COLUMN and --label COLUMN go together"),
         ("--train a.csv --text t --label l --task rte", "stands in place of --task"),
-        ("--train a.csv --text t --label l", "there is no file .*a.csv"),
+        ("--train a.csv --text t --label l", "No such file or directory: .*a.csv"),
         ("--label l", "--label COLUMN go together; --dev, --r"),
         ("--regression", "--label COLUMN go together; --dev, --r"),
         ("--metric bleu", "no metric 'bleu' suits this task; choose from accuracy, f1"),

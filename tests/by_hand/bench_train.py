@@ -32,7 +32,7 @@ from model import Bert, SuperTransformer, initialise, load_pretrained  # noqa: E
 
 def sst2(minilm: str, glue: str) -> data.Examples:
     """12,800 training sentences."""
-    rows = data.load_glue("sst2", "train", glue)
+    rows = data.load_table(data.GLUE["sst2"], "train", glue)
     rows = data.Rows(rows.texts[:12800], rows.labels[:12800])
     return data.encode(data.load_tokenizer(minilm), rows, 128)
 

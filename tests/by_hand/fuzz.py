@@ -73,15 +73,25 @@ class Damage(NamedTuple):
 
 def read_glue(task: str, split: str) -> Callable:
     def read(folder: Path) -> object:
-        rows = data.load_glue(task, split, folder)
+        rows = data.load_table(data.GLUE[task], split, folder)
         assert len(rows.texts) == len(rows.labels) > 0 and np.isfinite(rows.labels).all()
         return rows.texts, rows.labels.tolist()
 
     return read
 
 
+def read_own(name: str) -> Callable:
+    def read(folder: Path) -> object:
+        _, place, task = data.own_task(folder / name, None, "text", "kind", False)
+        return task.labels, [rows.texts for rows in data.load_task(task, place).values()]
+
+    return read
+
+
 def read_model(folder: Path) -> object:
     model = load_pretrained(folder, dtype=torch.float32)
+    if model.notes:  # a head that was drawn or left out is told, as an error is
+        raise ValueError(f"{folder}: {model.notes[0]}"[:LONGEST])
     return show_logits(model)
 
 
@@ -154,6 +164,10 @@ GLUE = {
         "index\tsentence1\tsentence2\tgold_label\r0\tP.\tH.\tneutral\r1\ta\tb\tentailment",
     ),
 }
+OWN = {
+    "mail.csv": 'text,kind\n"buy, ""now""",spam\nsee you,ham\n\u2603,ham\n',
+    "mail.jsonl": "".join(f'{{"text": "{i}", "kind": "{i % 2}"}}\n' for i in range(4)),
+}
 BYTES = (
     "random-bytes random-part bit-flip truncate insert delete repeat empty nul bad-utf8 utf16 "
     "huge-line directory dangling-link link-loop missing"
@@ -177,6 +191,10 @@ def make_targets() -> dict[str, Target]:
     for task, (split, path, text) in GLUE.items():
         files: Files = {path: (text.replace("\r", "\n") + "\n").encode()}
         targets[f"glue/{task}"] = Target(files, (path,), read_glue(task, split), TSV)
+    for name, text in OWN.items():
+        own_files: Files = {name: text.encode()}
+        mutations = (*TEXT, "line-field") if name.endswith("l") else TEXT
+        targets[f"own/{name}"] = Target(own_files, (name,), read_own(name), mutations)
     for name in ("bert-classifier", "llama-gqa", "gpt-bigcode-head", "gpt2-custom"):
         files, short = content(REFERENCE / name), name.split("-")[0]
         targets[f"config/{short}"] = Target(files, ("config.json",), read_model, JSON)
@@ -262,13 +280,12 @@ def make_source(folder: Path) -> None:
     space = mlfs.configuration_space(model.maxnet, (1, 0.5), (1, 0.5))
     settings = {
         "task": "mnli",
+        "row": data.TASKS["mnli"]._asdict(),
         "note": "",
-        "num_labels": model.config["num_labels"],
-        "base": {
-            "folder": str((folder / "base").resolve()),
-            "sha256": evaluate.base_digest(folder / "base"),
-        },
-        "data": {"folder": "glue", "train": 8, "held_out": 0, "dev": 8},
+        "base": evaluate.located(folder / "base", folder / "run")
+        | {"sha256": evaluate.base_digest(folder / "base")},
+        "data": evaluate.located(folder / "glue", folder / "run")
+        | {"train": 8, "held_out": 0, "dev": 8, "sha256": {"dev": "0"}},
         "hyper_parameters": vars(hp) | {"max_length": 8},
         "space": [evaluate.describe(model, phi) for phi in space],
         "device": "cpu",
@@ -693,6 +710,7 @@ def shape(rng, n, tensors):
     flat = t.flatten()
     odd = (t[None], flat[:0], flat[0], flat[:-1], torch.cat((flat, flat)), flat[None, :, None])
     tensors[name] = odd[n % 6]
+    return SAME if tensors[name].shape == t.shape else None  # a number's first one is itself
 
 
 def not_finite(value: float) -> Callable:
