@@ -1104,8 +1104,8 @@ def naming(where):
 
 
 def check_form(value, form, name="object"):
-    """ValueError unless JSON has a form: a type, [the form of each entry], {key: its form}, or
-    {str: the form of each value}."""
+    """The value; ValueError unless JSON has a form: a type, [the form of each entry],
+    {key: its form}, or {str: the form of each value}."""
     kind = form if isinstance(form, type) else type(form)
     right = isinstance(value, (int, float) if kind is float else kind)
     huge = isinstance(value, int) and abs(value) >= 2 ** 63
@@ -1118,25 +1118,21 @@ def check_form(value, form, name="object"):
     elif isinstance(form, list):
         for entry in value:
             check_form(entry, form[0], f"entry of {name}")
+    return value
 
 
 def read_lines(path, form):
     """A row for each line of *.jsonl or *.jsonl.gz; ValueError names file, line and missing key."""
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"there is no {path}")
+    return data.read_file(Path(path), data.json_lines, partial(check_form, form=form))
 
-    def read(row):
-        check_form(row, form)
-        return row
 
-    return data.read_file(path, data.json_lines, read)
+def write_text(path, text):
+    with replacing(path) as beside:
+        beside.write_text(text, encoding="utf-8")
 
 
 def write_json(path, content):
-    with replacing(path) as beside:
-        text = json.dumps(content, indent=1, ensure_ascii=False)
-        beside.write_text(text + "\n", encoding="utf-8")
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def take_folder(folder, settings, resume, overwrite):
@@ -1146,7 +1142,7 @@ def take_folder(folder, settings, resume, overwrite):
     other settings than it was started with.
     """
     if resume:
-        old = read_json(folder / "run.json")
+        old, _ = read_run(folder)
         check_settings(folder, old, settings)
         lock(folder)
         return old | {key: settings[key] for key in ("row", "base", "data")}    # where they are now
@@ -1155,25 +1151,28 @@ def take_folder(folder, settings, resume, overwrite):
                               f"--overwrite, or choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
     lock(folder)
-    for path in [folder / name for name in RUN_FILES] + [*folder.glob("humaneval-*.jsonl")]:
-        path.unlink(missing_ok=True)
+    for pattern in (*RUN_FILES, "humaneval-*.jsonl"):
+        for path in folder.glob(pattern):
+            path.unlink()
     write_json(folder / "run.json", settings)
     return settings
 
 
 def check_settings(folder, old, settings):
     """ValueError unless a resumed run has the settings that it was started with."""
-    places = ("folder", "from_run", "train", "dev")                  # contents decide, not paths
-    for key in ("task", "row", "base", "data", "hyper_parameters", "device", "dtype"):
-        new = json.loads(json.dumps(settings[key]))                  # tuples become lists
-        differing = "" if old.get(key) == new else short(new)
-        if isinstance(new, dict) and isinstance(old.get(key), dict):
-            fields = [field for field in new
-                      if field not in places and old[key].get(field) != new[field]]
-            differing = ", ".join(fields[:5])
-        if differing:
-            raise ValueError(f"{folder} was started with another {key} ({differing}); --resume "
-                             f"needs the command it was started with")
+    before = lasting(old)
+    now = lasting(json.loads(json.dumps(settings)))                  # tuples become lists
+    if differing := [name for name, value in now.items() if before.get(name) != value]:
+        raise ValueError(f"{folder} was started with another {', '.join(differing[:5])}; --resume "
+                         f"needs the command it was started with")
+
+
+def lasting(run):
+    """What --resume may not change. Of base and data contents decide, not paths."""
+    found = {key: run.get(key) for key in ("task", "device", "dtype")}
+    found |= {key: run[key]["sha256"] for key in ("base", "data")}
+    found |= {key: run["row"][key] for key in ("labels", "metrics")}
+    return found | run["hyper_parameters"]
 
 
 def lock(folder):
@@ -1191,7 +1190,6 @@ def lock(folder):
 def base_digest(folder):
     """sha256 of a base checkpoint: config.json, the weights, the tokenizer's files."""
     folder = Path(folder)
-    data.tokenizer_file(folder)                      # there must be one
     tokenizer = [folder / name for name in data.TOKENIZER_FILES if (folder / name).exists()]
     return data.sha256([folder / "config.json", *checkpoint_files(folder), *tokenizer])
 
@@ -1216,7 +1214,7 @@ def read_tensors(path):
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
             origin = json.loads(file.metadata()["mlfs"])
         # safetensors does not notice a flipped bit
-        if not isinstance(origin, dict) or origin.get("sha256") != digest(tensors):
+        if origin["sha256"] != digest(tensors):
             raise ValueError("its sha256 is not the one stored in it")
         return tensors, origin
     except (SafetensorError, OSError, TypeError, KeyError, ValueError, RecursionError) as error:
@@ -1243,18 +1241,18 @@ def save_state(folder, model, state):
     tensors |= {f"U.{layer}": u for layer, u in state.U.items()}
     for i, moments in state.moments.items():
         tensors |= {f"optimizer.{i}.{name}": t for name, t in moments.items()}
-    place = {"stage": state.stage, "step": state.step}
+    place = {key: getattr(state, key) for key in PLACE}
     save_tensors(folder / "state.safetensors", tensors, place)
 
 
 def load_state(folder, model):
-    """The inverse of `save_state`: fills the model, returns a State's fields (None: no state).
+    """The inverse of `save_state`: fills the model, returns a State's fields ({}: no state).
 
     Why they are enough for the same bits is said at `mlfs.py::State`.
     """
     path = folder / "state.safetensors"
     if not path.exists():
-        return None
+        return {}
     tensors, position = read_tensors(path)
     learned = {}
     U = {}
@@ -1272,27 +1270,22 @@ def load_state(folder, model):
                 moments.setdefault(int(number), {})[moment] = t
             else:
                 raise ValueError(f"there is a tensor {short(name)}")
-    with naming(path):
         load_trained_state(model, learned)
     model.num_stages = position["stage"] + 1         # without adapters, nothing else tells
     return {"stage": position["stage"], "step": position["step"], "moments": moments, "U": U}
 
 
-def cut_log(path, resume):
+def cut_log(path, state):
     """Drops the lines that will be written again: of a stage's start (step 0), or later ones."""
-    if not path.exists():
-        return
-    at = (resume["stage"], resume["step"]) if resume else (0, 0)
+    path.touch()
+    last = (state.stage, state.step or -1)
     kept = []
     for line in path.read_text(encoding="utf-8-sig", errors="replace").splitlines(keepends=True):
         with suppress(ValueError, RecursionError):   # a line that a crash cut off
-            entry = json.loads(line)
-            check_form(entry, PLACE)
-            place = (entry["stage"], entry["step"])
-            if place < at or place == at and at[1] > 0:
+            entry = check_form(json.loads(line), PLACE)
+            if (entry["stage"], entry["step"]) <= last:
                 kept.append(line)
-    with replacing(path) as beside:
-        beside.write_text("".join(kept), encoding="utf-8")
+    write_text(path, "".join(kept))
 
 
 def write_palette(folder, settings, task, rows, measured):
@@ -1306,8 +1299,7 @@ def write_palette(folder, settings, task, rows, measured):
     if "length" in measured:
         text += f"\n{table(rows, COLUMNS, metric)}\n\n{conditions(measured)}\n"
     write_json(Path(folder, "palette.json"), content)
-    with replacing(Path(folder, "palette.md")) as path:
-        path.write_text(text, encoding="utf-8")
+    write_text(Path(folder, "palette.md"), text)
 
 
 OPTIONAL = {"history": {str: float}, "latency_ms": float, "latency_ms_range": [float],
@@ -1386,7 +1378,7 @@ def task_of(run):
 
 def in_order(row, folder):
     """A task whose classes have the order that the run in the folder knows them by."""
-    old = task_of(read_run(folder)[0]).labels
+    old = read_run(folder)[0]["row"]["labels"]
     return row._replace(labels=tuple(old)) if set(old) == set(row.labels) else row
 
 
@@ -1397,9 +1389,9 @@ def located(path, run_folder):
 
 
 def find_again(place, run_folder):
-    """Where that is now: where it was, or as far from the run folder, if both were moved."""
-    moved = Path(run_folder, place["from_run"])
-    return moved if moved.exists() and not Path(place["folder"]).exists() else Path(place["folder"])
+    """Where that is now: where it was, or as far from the run folder: both were moved."""
+    before = Path(place["folder"])
+    return before if before.exists() else Path(run_folder, place["from_run"])
 
 
 def load_run(folder, device="cpu", dtype=torch.float32, base=None):
@@ -1419,8 +1411,7 @@ def load_run(folder, device="cpu", dtype=torch.float32, base=None):
     if not base_digest(base) == run["base"]["sha256"] == origin.get("base"):
         raise ValueError(f"{base} is not the checkpoint that {folder} was trained on: sha256 "
                          f"differs")
-    labels = run["row"]["labels"]
-    model = load_pretrained(base, max(1, len(labels)), dtype)
+    model = load_pretrained(base, max(1, len(run["row"]["labels"])), dtype)
     if run["hyper_parameters"]["init"] == "random":
         initialise(model, run["hyper_parameters"]["seed"])
     with naming(path):
@@ -1439,7 +1430,7 @@ def check_device(name):
     """The name, if this machine has that device; otherwise ValueError."""
     try:
         torch.zeros(1, device=name).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name} cannot be used here: "
                          f"{str(error).splitlines()[0]}") from None
     return name
@@ -1475,10 +1466,11 @@ BUDGETS = {"max_params": ("parameters", "parameters"), "max_macs": ("macs", "MAC
 class Parser(ArgumentParser):
     """One whose errors are a sentence, and whose help has lines of at most 100 characters."""
 
-    def __init__(self, documentation, usage):
+    def __init__(self, documentation):
         description, _, epilog = documentation.partition("\n\n")
         form = partial(RawDescriptionHelpFormatter, max_help_position=26, width=100)
-        super().__init__(usage=usage, description=description, epilog=epilog, formatter_class=form)
+        super().__init__(usage="python %(prog)s [options]", description=description, epilog=epilog,
+                         formatter_class=form)
         # A shell replaces ~ in `--out ~/x`, but not in `--out=~/x`.
         self.register("type", Path, lambda text: Path(os.path.expanduser(text)))
 
@@ -1488,7 +1480,7 @@ class Parser(ArgumentParser):
 
 def parse_arguments(argv):
     """The options; ValueError for those that contradict each other, before anything is read."""
-    parser = Parser(__doc__, "python evaluate.py RUN [options]")
+    parser = Parser(__doc__)
     parser.format_help = lambda: __doc__             # written by hand: what goes with what
     add = parser.add_argument
     add("run", type=Path, metavar="RUN")
@@ -1504,17 +1496,15 @@ def parse_arguments(argv):
     one_of("--export", nargs=2, type=os.path.expanduser)
     one_of("--predict", nargs="?", const="-")
     one_of("--humaneval", type=Path)
-    add("--pad-heads", action="store_true")
-    add("--onnx", action="store_true")
-    add("--allow-code-execution", action="store_true")
-    add("--samples", type=int, default=1)
-    add("--batch-size", type=int, default=16)
-    add("--max-new-tokens", type=int, default=256)
-    add("--temperature", type=float, default=0.0)
-    add("--top-p", type=float, default=1.0)
+    for switch in ("--pad-heads", "--onnx", "--allow-code-execution"):
+        add(switch, action="store_true")
+    numbers = {"--samples": 1, "--batch-size": 16, "--max-new-tokens": 256,
+               "--temperature": 0.0, "--top-p": 1.0}
+    for option, default in numbers.items():
+        add(option, type=type(default), default=default)
     args = parser.parse_args(argv)
-    asked = {key: getattr(args, option) for option, (key, _) in BUDGETS.items()}
-    args.budget = {key: most for key, most in asked.items() if most is not None}
+    args.budget = {key: getattr(args, option) for option, (key, _) in BUDGETS.items()
+                   if getattr(args, option) is not None}
     check_options(args)
     if args.plot or args.export:
         check_targets(args)
@@ -1567,11 +1557,11 @@ class Opened(NamedTuple):
 
 def main(argv=None):
     args = parse_arguments(argv)
-    problems = read_lines(args.humaneval, PROBLEM) if args.humaneval else []
-    if args.humaneval and not problems:
+    problems = args.humaneval and read_lines(args.humaneval, PROBLEM)
+    if problems == []:
         raise ValueError(f"{args.humaneval} has no problems")
     run = open_run(args)
-    if args.humaneval:
+    if problems:
         print_humaneval(args, run, problems)
         return 0
     if args.predict is not None:
@@ -1582,12 +1572,11 @@ def main(argv=None):
 
 def open_run(args):
     """Loads the run, and finds the subnets that the options name; ValueError if it has them not."""
-    dtype = getattr(torch, args.dtype)
-    settings, model, space = load_run(args.run, check_device(args.device), dtype, args.model)
+    settings, model, space = load_run(args.run, check_device(args.device),
+                                      getattr(torch, args.dtype), args.model)
     names = [phi.name for phi in space]
-    wanted = names if args.subnets is None else args.subnets.split(",")
-    if args.export:
-        wanted = args.export[:1]
+    asked = args.export[0] if args.export else args.subnets
+    wanted = names if asked is None else asked.split(",")
     for name in wanted:
         if name not in names:
             raise ValueError(f"there is no subnet {name!r}; this palette has {', '.join(names)}")
@@ -1615,7 +1604,11 @@ def print_palette(args, run):
     if not rows:
         rows = measured_rows(args, run, stored, now)
         print(heading, table(rows, COLUMNS, metric), where, sep="\n\n", flush=True)
-        keep_palette(run, rows, now)
+        try:
+            if len(rows) == len(run.space):          # a part replaces no whole palette
+                write_palette(run.folder, run.settings, run.task, rows, now)
+        except OSError as error:                     # the answer is given all the same
+            print(f"warning: the palette could not be stored: {error}", file=sys.stderr)
     names = [phi.name for phi in run.subnets]
     shown = [row for row in rows if row["name"] in names]
     if args.plot:
@@ -1652,23 +1645,11 @@ def measured_rows(args, run, stored, now):
                              f"of {run.folder}; that is other data")
         examples = data.encode(run.tokenizer, texts, hp["max_length"])
         splits[name] = data.draw(examples, hp["dev_examples"])
-    asked = run.subnets if args.subnets else run.space
-    space = [phi for phi in run.space if phi == run.space[0] or phi in asked]
+    space = [phi for phi in run.space if phi == run.space[0] or phi in run.subnets]
     scored = palette(run.model, space, run.task, splits)
     timed = latency(run.model, space, now["batch_size"], now["length"])
-    past = {row["name"]: {"history": row["history"]} for row in stored["subnets"]
-            if "history" in row}
-    return [row | times | past.get(row["name"], {})
-            for row, times in zip(scored, timed)]
-
-
-def keep_palette(run, rows, measured):
-    """Stores a whole palette. Where that fails, its reader still gets the answer."""
-    if len(rows) == len(run.space):
-        try:
-            write_palette(run.folder, run.settings, run.task, rows, measured)
-        except OSError as error:
-            print(f"warning: the palette could not be stored: {error}", file=sys.stderr)
+    past = {row["name"]: row for row in stored["subnets"]}
+    return [past.get(row["name"], {}) | row | times for row, times in zip(scored, timed)]
 
 
 def ship(args, run, rows, where):
@@ -1680,29 +1661,28 @@ def ship(args, run, rows, where):
         row = {key: value for key, value in row.items() if not key.endswith("_ms")}
         row |= describe(small, small.maxnet) | {"name": row["name"], "layers": row["layers"]}
     card = model_card(run.settings, [maxnet, row], run.task.metrics[0], form, args.dtype, where)
-    folder = Path(args.export[1])
-    base = Path(run.settings["base"]["folder"])
     small = small.to(getattr(torch, args.dtype)).cpu()
-    export(small, folder, base, run.task.labels, card, args.onnx)
-    print(f"Wrote {row['name']} to {folder}: {row['size_mb']:.1f} MB in {args.dtype}. {form}")
+    name, folder = args.export
+    export(small, folder, run.settings["base"]["folder"], run.task.labels, card, args.onnx)
+    print(f"Wrote {name} to {folder}: {row['size_mb']:.1f} MB in {args.dtype}. {form}")
 
 
 def print_predictions(args, run):
     """--predict: a line for TEXT or for each line of standard input, as soon as it is there."""
-    stdin = args.predict == "-"
-    if stdin and sys.stdin is None:
-        raise ValueError("--predict: standard input is closed")
-    phi = run.subnets[0]
-    decoder = isinstance(run.model, Decoder)
-    model = run.model.extract(phi) if decoder else run.model
-    for number, line in enumerate(sys.stdin.buffer if stdin else [os.fsencode(args.predict)], 1):
-        with naming(f"standard input, line {number}" if stdin else "--predict"):
-            text = line.decode().rstrip("\r\n" if stdin else "")
-            if decoder:
-                report = text + generate(model, run.tokenizer, [text], args.max_new_tokens,
+    small = run.model.extract(run.subnets[0])
+    lines = [os.fsencode(args.predict)]
+    if args.predict == "-":
+        if sys.stdin is None:
+            raise ValueError("--predict: standard input is closed")
+        lines = (line.rstrip(b"\r\n") for line in sys.stdin.buffer)
+    for number, line in enumerate(lines, 1):
+        with naming(f"--predict, line {number}"):
+            text = line.decode()
+            if isinstance(small, Decoder):
+                report = text + generate(small, run.tokenizer, [text], args.max_new_tokens,
                                          args.temperature, args.top_p)[0]
             else:
-                report = answer(model, phi, run.tokenizer, run.task, text,
+                report = answer(small, small.maxnet, run.tokenizer, run.task, text,
                                 run.settings["hyper_parameters"]["max_length"])
         print(report, flush=True)
 
@@ -1716,9 +1696,8 @@ def print_choice(rows, budget, metric, where):
     chosen = choose(rows, budget, metric)
     if not chosen:
         least = min(rows, key=lambda row: row["parameters"])
-        has = costs({key: least[key] for key in budget})
         print(f"error: no subnet fits within {costs(budget)}; the smallest, {least['name']}, has "
-              f"{has}", file=sys.stderr)
+              f"{costs(least)}", file=sys.stderr)
         return 3
     print(f"Within {costs(budget)}, best first:")
     for row in chosen[:2]:

@@ -594,10 +594,11 @@ def join_processes(args):
     world = os.environ.get("WORLD_SIZE", "")         # no number: another tool has left it
     if not world.isdecimal() or int(world) < 2 or dist.is_initialized():
         return
+    backend = "gloo"
     if args.device.startswith("cuda"):
+        backend = "nccl"
         args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         torch.cuda.set_device(evaluate.check_device(args.device))
-    backend = "nccl" if args.device.startswith("cuda") else "gloo"
     dist.init_process_group(backend, timeout=timedelta(days=1))      # rank 0 may measure for long
     if dist.get_rank():
         sys.stdout = open(os.devnull, "w", errors="replace")
@@ -635,7 +636,7 @@ def stoppable():
 
 def told_to_stop(stopped, device):
     """The signal that came to any process (0: none): all leave after one and the same iteration."""
-    number = stopped[0] if stopped else 0
+    number = max(stopped, default=0)
     if processes()[1] > 1:
         shared = torch.tensor(number, device=device)
         dist.all_reduce(shared, dist.ReduceOp.MAX)
@@ -666,38 +667,42 @@ class Run:
 
     def measure(self, when):
         """Score every subnet on dev; the palette files keep the score at every moment."""
-        history = [row["history"] for row in self.palette] or [{} for _ in self.space]
+        before = self.palette or [{}] * len(self.space)
         rows = evaluate.palette(self.model, self.space, self.task, self.splits)
-        self.palette = [row | {"history": past | {when: row["score"]}}
-                        for row, past in zip(rows, history)]
+        self.palette = [row | {"history": old.get("history", {}) | {when: row["score"]}}
+                        for row, old in zip(rows, before)]
         measured = {"adapters": evaluate.digest(self.model.trained_state()),
                     "dtype": self.settings["dtype"]}
         evaluate.write_palette(self.folder, self.settings, self.task, self.palette, measured)
 
     def log(self, event, **values):
         """A line of log.jsonl."""
-        note = {"note": self.settings["note"]} if self.settings["note"] else {}
-        line = {"stage": event.stage, "step": event.step} | values | note
+        line = {"stage": event.stage, "step": event.step} | values
+        if self.settings["note"]:
+            line["note"] = self.settings["note"]
         with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
-    def validate(self):
-        """Every subnet's score on dev."""
-        return {phi.name: evaluate.evaluate(self.model, phi, self.task, self.splits)["score"]
-                for phi in self.space}
+    def score(self, phi, dev):
+        """A subnet's, by the task's first metric."""
+        return evaluate.evaluate(self.model, phi, self.task, {"dev": dev})["score"]
+
+    def validate(self, event):
+        every = self.hp.validate_every
+        if every and event.step % every == 0:
+            scores = {phi.name: self.score(phi, self.splits["dev"]) for phi in self.space}
+            self.log(event, validation=scores)
 
     def held_out_score(self):
         """The maxnet's score on the held-out slice of TRAIN; 0 where TRAIN is too small for one."""
-        if not self.held_out.ids:
-            return 0.0
-        held_out = {"dev": self.held_out}
-        return evaluate.evaluate(self.model, self.space[0], self.task, held_out)["score"]
+        return self.score(self.space[0], self.held_out) if self.held_out.ids else 0.0
 
     def begin(self, event):
         if event.step == 0:
             if event.stage == 1 and self.hp.reorder:
                 self.measure("reordered")
             self.settings["start_scores"][event.stage] = self.held_out_score()
+            self.validate(event)
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         whole = self.settings["space"][0]["parameters"]
         print(f"\nStage {event.stage}: {STAGES[event.stage]}; trains {trained:,} weights, "
@@ -708,10 +713,10 @@ class Run:
 
     def show(self, event):
         self.bar.update()
-        losses = " ".join(f"{name} {loss:.3f}" for name, loss in event.losses.items())
-        self.bar.set_postfix_str(losses, refresh=False)
+        self.bar.set_postfix(event.losses, refresh=False)
         if event.step % 10 == 0 or event.step == event.steps:
             self.log(event, loss=event.losses, gradient_norm=event.norm, learning_rate=event.rate)
+        self.validate(event)
 
     def watch_the_maxnet(self, event):
         """It is its students' teacher, and no one's student: they follow when it gets worse."""
@@ -725,12 +730,18 @@ class Run:
                            f"lower --learning-rate or --clip, or --teacher fixed, helps",
                            file=sys.stderr)
 
-    def checkpoint(self, event, state):
-        self.settings["seconds"][event.stage] += time.monotonic() - self.started
-        if event.stage > 0 and is_new(event):
-            self.watch_the_maxnet(event)
-        if event.step == event.steps:
+    def checkpoint(self, event, state, stop):
+        """At a stage's end, after every 200 iterations, and when the run is told to stop."""
+        updated = isinstance(event, Updated)
+        ended = event.step == event.steps
+        if ended or stop:
             self.bar.close()
+        elif not updated or event.step % 200:
+            return
+        self.settings["seconds"][event.stage] += time.monotonic() - self.started
+        if updated and event.stage > 0:
+            self.watch_the_maxnet(event)
+        if ended:
             self.measure(f"stage {event.stage}" if event.stage else "sliced teacher")
             print(evaluate.final_table(self.palette, self.task.metrics[0], 2))
             evaluate.save_adapters(self.folder, self.model, self.settings)
@@ -740,28 +751,19 @@ class Run:
         self.started = time.monotonic()
 
 
-def is_new(event):
-    """Not what the run that is gone on with has logged already."""
-    return isinstance(event, Updated) or event.step == 0
-
-
 def train(run, state):
     """Runs `mlfs` to its end: 0. Or to a signal (SIGINT, SIGTERM), whose number it returns."""
-    every = run.hp.validate_every
+    first = processes()[0] == 0                      # it alone measures, prints and writes
     with stoppable() as stopped:
         for event in mlfs(run.model, run.train, run.space, run.hp, state):
-            updated = isinstance(event, Updated)
-            if updated:
+            if first and isinstance(event, Updated):
                 run.show(event)
-            else:
+            elif first:
                 run.begin(event)
-            if every and event.step % every == 0 and is_new(event):
-                run.log(event, validation=run.validate())
             stop = told_to_stop(stopped, run.settings["device"])
-            if event.step == event.steps or stop or (updated and event.step % 200 == 0):
-                run.checkpoint(event, state)
+            if first:
+                run.checkpoint(event, state, stop)
             if stop:
-                run.bar.close()
                 return stop
     return 0
 
@@ -819,11 +821,11 @@ def pick_dtype(hp, device):
 
     A learning rate of 1e-3 times a weight is less than bfloat16's last digit: it would be lost.
     """
-    if hp.dtype != "auto" or hp.adapters == "full":
-        return torch.bfloat16 if hp.dtype == "bfloat16" else torch.float32
-    gpu = device.startswith("cuda")
-    native = torch.cuda.is_bf16_supported(False) if gpu else torch.cpu._is_avx512_bf16_supported()
-    return torch.bfloat16 if native else torch.float32
+    half = hp.dtype == "bfloat16"
+    if hp.dtype == "auto" and hp.adapters == "low-rank":
+        gpu = device.startswith("cuda")
+        half = torch.cuda.is_bf16_supported(False) if gpu else torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if half else torch.float32
 
 
 def shared_inputs(args):
@@ -834,7 +836,7 @@ def shared_inputs(args):
     if args.train:
         name, folder, row = data.own_task(args.train, args.dev, args.text, args.label,
                                           args.regression)
-        found = (name, data.find_model(name, args.model), folder, "", row)
+        found = (name, data.find_model("", args.model), folder, "", row)
     else:
         found = data.find_inputs(args.task, args.model, args.data_dir)
         found += (data.TASKS[found[0]],)
@@ -866,10 +868,6 @@ def fit_settings(hp, given, model, folder):
     if hp.rank > model.config["hidden_size"]:
         raise ValueError(f"rank {hp.rank} exceeds the hidden size {model.config['hidden_size']} of "
                          f"{folder}")
-    world = processes()[1]
-    if hp.batch_size < world:
-        raise ValueError(f"--batch-size {hp.batch_size} is shared by {world} processes: one row "
-                         f"each, at least")
     if model.drawn and not hp.epochs[0]:
         raise ValueError(f"--epochs 0,... would leave the new {' and '.join(model.drawn)} of "
                          f"{folder} untrained; give stage 0 an epoch at least")
@@ -910,7 +908,7 @@ def prepare(args, given):
         "base": evaluate.located(model_folder, folder)
         | {"sha256": evaluate.base_digest(model_folder)},
         "data": evaluate.located(data_folder, folder)
-        | describe_data(rows, train, held_out, splits),
+        | describe_data(rows, {"train": train, "held_out": held_out} | splits),
         "hyper_parameters": dataclasses.asdict(hp),
         "space": [evaluate.describe(model, phi) for phi in space],
         "device": args.device, "dtype": str(pick_dtype(hp, args.device)).removeprefix("torch."),
@@ -923,11 +921,10 @@ def prepare(args, given):
     return run, claim_folder(run, args)
 
 
-def describe_data(rows, train, held_out, splits):
+def describe_data(rows, splits):
     """For run.json: how many examples, how many were skipped, and what tells them from others."""
     found = {"skipped": {split: part.skipped for split, part in rows.items() if part.skipped},
-             "sha256": {split: data.fingerprint(part) for split, part in rows.items()},
-             "train": len(train.ids), "held_out": len(held_out.ids)}
+             "sha256": {split: data.fingerprint(part) for split, part in rows.items()}}
     found |= {split: len(part.ids) for split, part in splits.items()}
     labels = splits["dev"].labels
     if labels is not None and labels.dtype == np.int64:
@@ -940,30 +937,24 @@ def claim_folder(run, args):
     first = processes()[0] == 0                      # it alone writes
     if first:
         run.settings = evaluate.take_folder(run.folder, run.settings, args.resume, args.overwrite)
-    stored = evaluate.load_state(run.folder, run.model) if args.resume else None
-    state = State(**stored) if stored else State()
+    state = State(**evaluate.load_state(run.folder, run.model)) if args.resume else State()
     if first:
-        evaluate.cut_log(run.folder / "log.jsonl", stored)
-        (run.folder / "log.jsonl").touch()
-        if stored:
-            run.palette = evaluate.read_palette(run.folder)["subnets"]
+        evaluate.cut_log(run.folder / "log.jsonl", state)
+        run.palette = evaluate.read_palette(run.folder)["subnets"]
     run.model.to(args.device)
     return state
 
 
 def main(argv=None):
-    args, given = parse_arguments(list(sys.argv[1:] if argv is None else argv))
+    args, given = parse_arguments(sys.argv[1:] if argv is None else argv)
     join_processes(args)
     add_in_one_order(args.device)
     run, state = prepare(args, given)
     print(opening(run), flush=True)
-    if processes()[0]:                               # rank 0 alone measures, prints and writes
-        with stoppable() as stopped:
-            for _ in mlfs(run.model, run.train, run.space, run.hp, state):
-                if told_to_stop(stopped, run.settings["device"]):
-                    break
+    number = train(run, state)
+    if processes()[0]:                               # rank 0 speaks for all
         return 0
-    if number := train(run, state):
+    if number:
         print("\nstopped and saved; the same command with --resume goes on from there",
               file=sys.stderr)
         return 128 + number
@@ -1003,60 +994,76 @@ def closing(run):
 
 
 def parse_arguments(argv):
-    """The run's options, and those hyper-parameters that were given."""
-    parser = evaluate.Parser(__doc__, "python mlfs.py [options]")
-    parser.add_argument("--task", help=f"{', '.join(data.TASKS)}; default toy")
-    parser.add_argument("--model", type=Path, help="checkpoint folder; default BERT-base")
-    parser.add_argument("--data-dir", type=Path, help="holds SST-2/ etc.; default weights/glue")
-    own = parser.add_argument_group("a task of your own, in place of --task")
-    own.add_argument("--train", type=Path, metavar="FILE",
-                     help=".csv, .tsv (no quotes, as GLUE's) or .jsonl, or a .gz of them")
-    own.add_argument("--dev", type=Path, metavar="FILE", help="default: a tenth of --train")
-    own.add_argument("--text", metavar="COLUMN[,COLUMN]", help="one text, or a pair")
-    own.add_argument("--label", metavar="COLUMN", help="its different values are the classes")
-    own.add_argument("--regression", action="store_true", help="labels are scores, not classes")
-    parser.add_argument("--metric", help=f"the score that chooses: {', '.join(evaluate.METRICS)}")
-    parser.add_argument("--out", type=Path, help="run folder; default runs/TASK-MODEL")
-    either = parser.add_mutually_exclusive_group()
-    either.add_argument("--resume", action="store_true", help="go on with the run in its folder")
-    either.add_argument("--overwrite", action="store_true", help="replace the run in its folder")
+    """What is trained on what:
+      --task TASK           cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte, wnli, python; default toy
+      --model DIR           a checkpoint; default BERT-base
+      --data-dir DIR        holds the task's folder, such as SST-2/; default weights/glue
+      --metric METRIC       the score that chooses; default: the task's first
+      --device DEVICE       cpu, cuda, ...; default: cuda where there is one
+      --out DIR             the run folder; default runs/TASK-MODEL
+      --resume              go on with the run in this folder
+      --overwrite           replace the run in this folder
+
+    A task of your own, in place of --task and --data-dir:
+      --train FILE          .csv, .tsv (no quotes, as GLUE's) or .jsonl, or a .gz of them
+      --text COLUMN[,COLUMN]
+                            one text, or a pair
+      --label COLUMN        its different values are the classes
+      --regression          labels are scores, not classes
+      --dev FILE            default: a tenth of --train
+    """
+    # --help ends with the lines above. The hyper-parameters, of which those that are given are
+    # returned beside the options, have theirs from the comments at their lines.
+    manual = inspect.cleandoc(parse_arguments.__doc__)
+    parser = evaluate.Parser(f"{__doc__}\n{manual}")
+    hidden = {"help": argparse.SUPPRESS}
+    for path in ("--model", "--data-dir", "--out", "--train", "--dev"):
+        parser.add_argument(path, type=Path, **hidden)
+    for name in ("--task", "--metric", "--text", "--label"):
+        parser.add_argument(name, **hidden)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", default=device, help=f"cpu, cuda, ...; default {device}")
-    fields = dataclasses.fields(HyperParameters)
-    groups = {}
-    for field, (title, help) in zip(fields, settings_help()):
-        if title not in groups:
-            groups[title] = parser.add_argument_group(title)
-        add_setting(groups[title], field, help)
-    args = vars(parser.parse_args(argv))
+    parser.add_argument("--device", default=device, **hidden)
+    parser.add_argument("--regression", action="store_true", **hidden)
+    one_of = parser.add_mutually_exclusive_group()
+    for switch in ("--resume", "--overwrite"):
+        one_of.add_argument(switch, action="store_true", **hidden)
+    fields = {field.name: field for field in dataclasses.fields(HyperParameters)}
+    for title, settings in settings_help().items():
+        group = parser.add_argument_group(title)
+        for name, help in settings.items():
+            add_setting(group, fields[name], help)
+    args = parser.parse_args(argv)
     check_own(args)
-    given = {field.name: args.pop(field.name) for field in fields if field.name in args}
-    return argparse.Namespace(**args, command=["mlfs.py", *argv]), given
+    args.command = ["mlfs.py", *argv]
+    given = {name: getattr(args, name) for name in fields if name in args}
+    return args, given
 
 
 def check_own(args):
     """ValueError unless the options of a task of one's own are there together."""
-    args["task"] = args["task"] or ("" if args["train"] else "toy")
-    if args["train"]:
-        if not (args["text"] and args["label"]):
-            raise ValueError("--train FILE needs --text COLUMN and --label COLUMN, too")
-        if args["task"] or args["data_dir"]:
+    needed = (args.train, args.text, args.label)
+    if any((*needed, args.dev, args.regression)):
+        if not all(needed):
+            raise ValueError("--train FILE, --text COLUMN and --label COLUMN go together; --dev, "
+                             "--regression go with them")
+        if args.task or args.data_dir:
             raise ValueError("--train FILE stands in place of --task and --data-dir")
-    elif any(args[name] for name in ("dev", "text", "label", "regression")):
-        raise ValueError("--dev, --text, --label and --regression go with --train FILE")
+    elif args.task is None:
+        args.task = "toy"
 
 
 def settings_help():
-    """(group, help) of every setting: the comments above, at and below its line."""
-    found = []
+    """{group: {setting: help}}, of the comments above, at and below each setting's line."""
+    found = {}
     for line in inspect.getsource(HyperParameters).partition("def ")[0].splitlines():
         code, _, comment = line.partition("# ")
         if comment.startswith("--- "):
-            title = comment.removeprefix("--- ")
-        elif re.search(r"\w+: .* = ", code):
-            found.append((title, comment))
+            group = found[comment.removeprefix("--- ")] = {}
+        elif setting := re.search(r"(\w+): .* = ", code):
+            name = setting[1]
+            group[name] = comment
         elif comment:
-            found[-1] = (title, f"{found[-1][1]} {comment}")
+            group[name] += f" {comment}"
     return found
 
 

@@ -143,14 +143,26 @@ def test_a_bad_file_is_told_with_file_and_line(tmp_path, name, train, dev, colum
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("name", ["toy", "python"])
+def test_a_table_with_a_tasks_name_starts_from_bert_base_as_others_do(name, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError("it is asked for")
+
+    monkeypatch.setattr(data, "download_model", refuse)
+    (tmp_path / f"{name}.csv").write_text(GOOD)
+    command = ["--train", str(tmp_path / f"{name}.csv"), "--text", "text", "--label", "kind"]
+    with pytest.raises(FileNotFoundError, match="BERT-base is not in .* .it is asked for."):
+        mlfs.main([*command, "--out", str(tmp_path / "run")])
+
+
 @pytest.mark.parametrize(
     "options, words",
     [
-        ("--train a.csv --text t", "--train FILE needs --text COLUMN and --label COLUMN"),
+        ("--train a.csv --text t", "--train FILE, --text COLUMN and --label COLUMN go together"),
         ("--train a.csv --text t --label l --task rte", "stands in place of --task"),
         ("--train a.csv --text t --label l", "No such file or directory: .*a.csv"),
-        ("--label l", "go with --train FILE"),
-        ("--regression", "go with --train FILE"),
+        ("--label l", "--label COLUMN go together; --dev, --r"),
+        ("--regression", "--label COLUMN go together; --dev, --r"),
         ("--metric bleu", "no metric 'bleu' suits this task; choose from accuracy, f1"),
         ("--metric pearson", "no metric 'pearson' suits this task"),
         ("--task stsb --data-dir . --model {toy} --metric f1", "choose from pearson, spearman"),
@@ -253,7 +265,7 @@ def test_a_run_on_a_file_can_be_moved_with_its_base_and_data(tmp_path, capsys, m
     assert run["data"]["folder"] == str(tmp_path / "b")  # where they are from now on
     table = tmp_path / "b" / "reviews.csv"
     table.write_text(table.read_text().replace("superb", "good"))
-    with pytest.raises(ValueError, match="was started with another data .sha256"):
+    with pytest.raises(ValueError, match="was started with another data;"):
         mlfs.main(moved)
     with pytest.raises(ValueError, match="that is other data"):
         evaluate.main([str(tmp_path / "b" / "run")])

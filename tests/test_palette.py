@@ -4,6 +4,7 @@ Every way to get a subnet gives the same function. Every refusal is one sentence
 nothing behind.
 """
 
+import argparse
 import errno
 import io
 import json
@@ -689,7 +690,7 @@ def test_lines_of_standard_input_are_answered_one_by_one(copy, capsys, monkeypat
     monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(buffer=io.BytesIO(sent)))
     assert command(copy, "--subnet", "w1-d4", "--predict") == 2
     out, err = capsys.readouterr()
-    assert len(out.splitlines()) == 3 and err == "error: standard input, line 4: not UTF-8 text\n"
+    assert len(out.splitlines()) == 3 and err == "error: --predict, line 4: not UTF-8 text\n"
     command(copy, "--subnet", "w1-d4", "--predict", "the plot is good .")
     assert capsys.readouterr().out == out.splitlines(keepends=True)[0]
 
@@ -837,7 +838,7 @@ def test_any_change_of_the_base_checkpoint_is_noticed(copy, name, capsys):
         (["--onnx"], "go with --export"),
         (["--predict", "x", "--max-params", "3"], "do one at a time"),
         (["--export", "w1-d4", "out", "--max-params", "3"], "do one at a time"),
-        (["--predict", "\udcff", "--subnet", "w1-d4"], "--predict: not UTF-8 text"),
+        (["--predict", "\udcff", "--subnet", "w1-d4"], "--predict, line 1: not UTF-8 text"),
         (["--subnets", ""], "there is no subnet ''"),
         (["--device", "meta"], "--device meta cannot be used here"),
     ],
@@ -862,18 +863,24 @@ def test_the_help_has_lines_of_at_most_100_characters_in_any_terminal(columns, m
     assert text.index("--subnets") < text.index("--max-params") < text.index("--onnx")
 
 
-def test_the_manual_and_the_parser_know_the_same_options(monkeypatch):
-    """evaluate.py's --help is written by hand: no option is missing in it, and none is made up."""
-    known, add = set(), evaluate.ArgumentParser._add_action
+@pytest.mark.parametrize("program", [evaluate, mlfs])
+def test_the_manual_and_the_parser_know_the_same_options(program, monkeypatch, capsys):
+    """The manual is written by hand: no option is missing in it, and none is made up."""
+    known, add = {"-h", "--help"}, argparse._ActionsContainer._add_action
 
     def spy(parser, action):
         known.update(action.option_strings)
         return add(parser, action)
 
-    monkeypatch.setattr(evaluate.ArgumentParser, "_add_action", spy)
-    evaluate.parse_arguments(["runs/x"])
-    told = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", evaluate.__doc__))
-    assert known - {"-h", "--help"} == told
+    monkeypatch.setattr(argparse._ActionsContainer, "_add_action", spy)
+    with pytest.raises(SystemExit):
+        program.parse_arguments(["runs/x", "--help"])
+    told = capsys.readouterr().out
+    named = set(re.findall(r"(?<![\w-])--?[a-z][a-z-]*", told)) | {"-h", "--help"}
+    assert known <= named <= known | {"--nproc-per-node"}  # torchrun's
+    if program is mlfs:
+        tasks = re.search("--task TASK (.*)", told)[1]
+        assert set(re.findall(r"\w+", tasks)) - {"default"} == set(data.TASKS)
 
 
 @pytest.mark.parametrize(

@@ -123,10 +123,10 @@ def read_resumed(folder: Path) -> object:
     settings = json.loads((SOURCE / "run" / "run.json").read_text())
     evaluate.take_folder(folder / "run", settings, resume=True, overwrite=False)
     model = load_pretrained(SOURCE / "base")
-    resume = evaluate.load_state(folder / "run", model)
-    evaluate.cut_log(folder / "run" / "log.jsonl", resume)
-    log = (folder / "run" / "log.jsonl").read_text() if resume else ""
-    place = resume and (resume["stage"], resume["step"], sorted(resume["moments"]))
+    state = mlfs.State(**evaluate.load_state(folder / "run", model))
+    evaluate.cut_log(folder / "run" / "log.jsonl", state)
+    log = (folder / "run" / "log.jsonl").read_text()
+    place = (state.stage, state.step, sorted(state.moments))
     return place, show_logits(model), len(log)
 
 
