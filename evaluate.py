@@ -74,7 +74,6 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -412,8 +411,12 @@ def title(run, metric):
 
 def require_package(option, *packages):
     """ValueError unless the optional packages of an option are installed."""
-    if not all(map(find_spec, packages)):
-        raise ValueError(f"{option} needs more packages: pip install {' '.join(packages)}")
+    try:
+        for package in packages:
+            __import__(package)
+    except ImportError:
+        raise ValueError(f"{option} needs more packages: pip install "
+                         f"{' '.join(packages)}") from None
 
 
 @contextmanager
