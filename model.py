@@ -49,6 +49,9 @@ class SubnetConfig:
 
 # --------------------------------------------------------------------------- the elastic parts
 
+ALL = slice(None)                                    # as an index: each row in its place
+
+
 def parameter(*shape, trainable=False):
     return nn.Parameter(torch.empty(shape), requires_grad=trainable)
 
@@ -97,18 +100,14 @@ class ElasticLinear(nn.Module):
         return (self.weight.float() + delta.T).to(self.weight.dtype)
 
     @torch.no_grad()
-    def permute(self, inputs=None, outputs=None):
+    def permute(self, inputs=ALL, outputs=ALL):
         """Re-order input columns or output rows of W, and of every A_s, B_s with it."""
-        if outputs is not None:
-            self.weight.data = self.weight[outputs]
-            if self.bias is not None:
-                self.bias.data = self.bias[outputs]
-            for B_s in self.B:
-                B_s.data = B_s[:, outputs]
-        if inputs is not None:
-            self.weight.data = self.weight[:, inputs]
-            for A_s in self.A:
-                A_s.data = A_s[inputs]
+        self.weight.data = self.weight[outputs][:, inputs]
+        if self.bias is not None:
+            self.bias.data = self.bias[outputs]
+        for A_s, B_s in zip(self.A, self.B):
+            A_s.data = A_s[inputs]
+            B_s.data = B_s[:, outputs]
 
 
 class ElasticLayerNorm(nn.Module):
@@ -166,8 +165,7 @@ def split_heads(x, D):                                               # (B, T, n�
 
 def mask_bias(unseen, dtype):
     """What attention adds to its scores: the lowest number where `unseen`, 0 elsewhere."""
-    zeros = torch.zeros(unseen.shape, dtype=dtype, device=unseen.device)
-    return zeros.masked_fill(unseen, torch.finfo(dtype).min)
+    return unseen.to(dtype) * torch.finfo(dtype).min
 
 
 tanh_gelu = partial(F.gelu, approximate="tanh")
@@ -272,9 +270,10 @@ class SuperTransformer(nn.Module):
         Prop. 2 says "only the LoRA matrices": the head is not counted. No adapters: all of Φ_j.
         """
         small = self.skeleton(phi)
-        if not self.adapted_linears()[0].A:
+        adapters = self.adapted_linears()[0].A
+        if not adapters:
             return sum(p.numel() for p in small.parameters())
-        rank = self.adapted_linears()[0].A[-1].size(1)
+        rank = adapters[-1].size(1)
         # A has in·r entries, B has r·out.
         return sum(rank * sum(linear.weight.shape) for linear in small.adapted_linears())
 
@@ -346,13 +345,13 @@ class SuperTransformer(nn.Module):
             # Heads of a group share a key, and moved together: each group's first one tells where.
             of_keys = blocks(heads[::group] // group, D)
             if len(layer.key.weight) == D:           # the only key of a multi-query model stays
-                of_keys = None
+                of_keys = ALL
             rows = {"query": of_heads, "key": of_keys, "value": of_keys,
                     "intermediate": neurons, "gate": neurons}
             columns = {"attention_output": of_heads, "output": neurons}
             for name, module in layer.named_children():
                 if isinstance(module, ElasticLinear):
-                    module.permute(columns.get(name), rows.get(name))
+                    module.permute(columns.get(name, ALL), rows.get(name, ALL))
         self.order = {key: self.order[key][index] if key in self.order else index
                       for key, index in order.items()}
 
@@ -505,8 +504,8 @@ class Bert(SuperTransformer):
         classes = stored.get(f"{name}.weight", torch.empty(0)).shape[:1].numel()
         config["num_labels"] = num_labels or classes or 2
         if classes != config["num_labels"]:          # `draw_head` makes a new one
-            stored.pop(f"{name}.weight", None)
-            stored.pop(f"{name}.bias", None)
+            for kind in ("weight", "bias"):
+                stored.pop(f"{name}.{kind}", None)
 
 
 # ------------------------------------------------------------------------------------ decoders
