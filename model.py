@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 # ------------------------------------------------------------------------------------------- Φ
@@ -199,7 +199,7 @@ class SuperTransformer(nn.Module):
         self.config = config
         self.num_stages = 0
         self.gradient_checkpointing = False          # keep no activations inside layers; recompute
-        self.order: dict[str, Tensor] = {}           # what `permute` did; stored with the adapters
+        self.order = {}                              # what `permute` did; stored with the adapters
         self.drawn = []                              # parts of the head that no checkpoint had
         self.notes = []                              # what loading left out or took for granted
 
@@ -211,8 +211,8 @@ class SuperTransformer(nn.Module):
         """
         phi = phi or self.maxnet
         self.subnet_config(phi)                      # ValueError if it cannot be
-        features = more.pop("features", phi.layers)
-        last, h = self.encode(ids, mask, phi, features=features, **more)
+        more.setdefault("features", phi.layers)
+        last, h = self.encode(ids, mask, phi, **more)
         return self.logits(last), h
 
     def layer(self, l, *inputs):
@@ -415,7 +415,7 @@ class Bert(SuperTransformer):
     architecture = "BertForSequenceClassification"
     defaults = {"type_vocab_size": 2, "layer_norm_eps": 1e-12, "hidden_act": "gelu"}
     required = {"position_embedding_type": "absolute"}
-    sizes = ("intermediate_size", "head_dim", "type_vocab_size")
+    sizes = (*SuperTransformer.sizes, "type_vocab_size")
     ignored = re.compile(r"cls\.(predictions|seq_relationship)\..*|embeddings\.position_ids")
     tensor_names = {
         "word_embeddings": "embeddings.word_embeddings",
@@ -459,9 +459,7 @@ class Bert(SuperTransformer):
     def encode(self, ids, mask, phi, segments=None, features=()):
         """The first token's last state (B, H), and h_Φ: the states (B, T, H) after `features`."""
         x = self.embed(ids, segments, phi.hidden_size)
-        bias = None
-        if mask is not None:
-            bias = mask_bias(mask == 0, x.dtype)[:, None, None]      # (B, 1, 1, T)
+        bias = None if mask is None else mask_bias(mask == 0, x.dtype)[:, None, None]
         h = {}
         for l in phi.layers:                                         # g_j(1), g_j(2), ...
             # Of the last layer the head reads one token. Unless a loss compares the others, to
@@ -537,7 +535,7 @@ class Cache:
     def __init__(self, size):
         self.size = size                             # most tokens it will hold
         self.length = 0
-        self.parts: dict[int, list[Tensor]] = {}
+        self.parts = {}
 
     def extend(self, l, k, v):
         """Appends (B, G, T, D), returns all there is (B, G, S, D). `encode` counts the length."""
@@ -672,7 +670,7 @@ class Decoder(SuperTransformer):
             embedding = stored.setdefault(checkpoint_name(cls, "word_embeddings.weight"), twin)
             if twin.dtype != embedding.dtype or not torch.equal(twin, embedding):
                 raise ValueError("tensor 'lm_head.weight' differs from the embedding, though "
-                                 "config.json ties them (tie_word_embeddings)")
+                                 "tie_word_embeddings is true")
 
 
 class GPTLayer(DecoderLayer):
@@ -932,7 +930,7 @@ def checkpoint_files(folder):
     if index.exists():
         places = read_json(index).get("weight_map")
         if not isinstance(places, dict):
-            raise ValueError(f"{index}: weight_map must map tensors to files")
+            raise ValueError(f"{index}: weight_map must name files")
         # Beside the index, whatever it says: no file elsewhere on this machine is read.
         return sorted({folder / Path(str(place)).name for place in places.values()})
     # A pickle (pytorch_model.bin) is never read, for that can run code.
@@ -1087,11 +1085,11 @@ def stored_order(model, state):
     order = {}
     for l in model.maxnet.layers:
         for kind, size in sizes.items():
-            index = state.get(f"order.{l}.{kind}", torch.empty(0))
-            order[f"{l}.{kind}"] = index
+            key = f"{l}.{kind}"
+            index = order[key] = state.get(f"order.{key}", torch.empty(0))
             whole_numbers = index.dtype == torch.int64
             if not whole_numbers or not torch.equal(index.sort().values, torch.arange(size)):
-                raise ValueError(f"'order.{l}.{kind}' is no permutation of its {size}")
+                raise ValueError(f"'order.{key}' is no permutation of its {size}")
     return order
 
 
@@ -1145,7 +1143,7 @@ def save_pretrained(model, folder, labels=()):
     cannot express it (`common_heads`); `load_pretrained` reads it by its head_dim. labels: names of
     the classes. Raises FileExistsError if the folder holds one already.
     """
-    assert not model.num_stages, "merge the adapters first: save_pretrained(model.extract(phi), ..)"
+    assert not model.num_stages, "merge the adapters first, by model.extract(phi)"
     folder = Path(folder)
     for path in (folder / "config.json", folder / "model.safetensors"):
         if path.exists():
@@ -1171,7 +1169,7 @@ def stored_config(model, labels):
     for key in STALE:
         config.pop(key, None)
     if "num_labels" in config:
-        labels = labels or tuple(f"LABEL_{i}" for i in range(config["num_labels"]))
+        labels = labels or [f"LABEL_{i}" for i in range(config["num_labels"])]
         if config["num_labels"] == 1:                # otherwise a pipeline takes a score's sigmoid
             config["problem_type"] = "regression"
         config["id2label"] = dict(enumerate(labels))
@@ -1186,9 +1184,8 @@ def common_heads(model):
     one (Llama) they still want heads to divide hidden_size. None if no number will do.
     """
     H = model.config["hidden_size"]
-    D = model.config["head_dim"]
     for heads in range(model.config["num_attention_heads"], H + 1, model.head_group):
-        if H % heads == 0 and (model.has_head_dim or H // heads == D):
+        if H % heads == 0 and (model.has_head_dim or H // heads == model.config["head_dim"]):
             return heads
     return None
 

@@ -392,7 +392,7 @@ def test_rows_of_other_classes_stay_and_a_note_tells(tmp_path, names):
 
 @pytest.mark.parametrize("field", ["id2label", "label2id"])
 def test_classes_that_are_no_object_are_refused(tmp_path, field):
-    with pytest.raises(ValueError, match=f"config.json: {field} 'x' is not supported, only an object"):
+    with pytest.raises(ValueError, match=f"{field} 'x' is not supported, only an object"):
         load_pretrained(damaged(tmp_path, config={field: "x"}), 3, labels=MNLI)
 
 
