@@ -472,7 +472,7 @@ def test_the_opening_says_what_of_the_head_is_new_or_left_out(tmp_path, monkeypa
     """Three classes are stored, the toy has two."""
     strangers_base(tmp_path, "bert.pooler.", **{"linear.weight": torch.ones(2)})
     told = m.opening(prepare(tmp_path, monkeypatch))
-    for words in ("no pooler that fits", "no classifier that fits", "head: 'linear.weight'"):
+    for words in ("no pooler that fits", "no classifier that fits", "head: ['linear.weight'"):
         assert f"\n{tmp_path.name}: " in told and words in told
 
 
