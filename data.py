@@ -8,6 +8,7 @@ The way of an example: a line of a file, `Rows` (text), `Examples` (token ids), 
 """
 import csv
 import functools
+import gzip
 import hashlib
 import json
 import os
@@ -18,8 +19,8 @@ import sysconfig
 import tempfile
 import zipfile
 import zlib
+from codecs import BOM_UTF8
 from contextlib import suppress
-from fileinput import FileInput, hook_compressed
 from pathlib import Path
 from typing import NamedTuple
 
@@ -145,7 +146,7 @@ def load_table(row, split, folder):
             return tuple(sentences), label
         if word not in NO_LABEL:
             expected = ", ".join(classes) or "a number"
-            raise ValueError(f"unknown label {word[:80]!r}; expected {expected[:200]}")
+            raise ValueError(f"unknown label {word[:80]!r:.80}; expected {expected[:200]}")
 
     found = read_table(path, (*row.sentences, row.label), read, row.header)
     labelled = [example for example in found if example]
@@ -189,13 +190,21 @@ def read_table(path, columns, read, header=()):
 def read_file(path, records, read):
     """read(record) of all that `records` makes of the lines; ValueError names file and line."""
     refuse_pointer(path)
-    with FileInput(path, mode="rb", openhook=hook_compressed) as file:
-        # In bytes, a U+2028 within a sentence ends no line.
-        lines = (line.decode("utf-8-sig") for line in file)
-        try:
-            return [read(record) for record in records(lines)]
-        except (ValueError, csv.Error, EOFError, OSError, zlib.error, RecursionError) as error:
-            raise ValueError(f"{path}, line {file.lineno()}: {error}") from None
+    number = 0
+
+    def lines(file):
+        nonlocal number
+        for number, line in enumerate(file, 1):      # in bytes, a U+2028 ends no line
+            yield line.removeprefix(BOM_UTF8).decode()
+
+    unpack = gzip.open if path.suffix == ".gz" else open
+    try:
+        with unpack(path, "rb") as file:
+            return [read(record) for record in records(lines(file))]
+    except FileNotFoundError:
+        raise
+    except (ValueError, csv.Error, EOFError, OSError, zlib.error, RecursionError) as error:
+        raise ValueError(f"{path}, line {number}: {error}") from None
 
 
 def json_lines(lines):

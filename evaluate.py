@@ -374,7 +374,8 @@ def table(rows, keys, metric):
         if key in COSTS:
             text = COSTS[key](value)
         if key + "_range" in row:
-            text += " [{:.2f}, {:.2f}]".format(*row[key + "_range"])
+            quantiles = [f"{value:.2f}" for value in row[key + "_range"]]
+            text += f" [{', '.join(quantiles)}]"
         shared = key in COSTS or key == "score" and metric != "loss"
         if shared and rows[0][key] > 0:
             text += f" ({value / rows[0][key]:.0%})"

@@ -105,25 +105,23 @@ class HyperParameters:
     def __post_init__(self):
         def check(name, holds, rule):
             if not holds:                            # not a number fails every comparison
-                raise ValueError(f"{name} must {rule}, not {getattr(self, name)}")
+                raise ValueError(f"{name} must be {rule}, not {getattr(self, name)}")
 
         for name in ("rank", "temperature", "d_low", "batch_size", "num_subnets"):
-            check(name, getattr(self, name) >= 1, "be at least 1")
+            check(name, getattr(self, name) >= 1, "at least 1")
         for name in ("beta", "clip", "train_examples", "dev_examples", "validate_every"):
-            check(name, getattr(self, name) >= 0, "be at least 0")
-        check("max_length", self.max_length >= 4, "be at least 4")
+            check(name, getattr(self, name) >= 0, "at least 0")
+        check("max_length", self.max_length >= 4, "at least 4")
         for name, most in {"alpha": 1, "gamma": 10, "warmup": 0.99, "seed": 2 ** 32 - 1}.items():
-            check(name, 0 <= getattr(self, name) <= most, f"lie in [0, {most}]")
-        check("learning_rate", self.learning_rate > 0, "be above 0")
-        check("epochs", len(self.epochs) == 3 and min(self.epochs) >= 0,
-              "be three whole numbers from 0 on")
+            check(name, 0 <= getattr(self, name) <= most, f"in [0, {most}]")
+        check("learning_rate", self.learning_rate > 0, "above 0")
+        check("epochs", len(self.epochs) == 3 and min(self.epochs) >= 0, "three numbers from 0 on")
         for field in dataclasses.fields(self):
             if choices := choices_of(field):
-                rule = f"be {' or '.join(choices)}"
-                check(field.name, getattr(self, field.name) in choices, rule)
+                check(field.name, getattr(self, field.name) in choices, " or ".join(choices))
         if self.adapters == "full":
-            check("dtype", self.dtype != "bfloat16", "be auto or float32 with --adapters full")
-            check("teacher", self.teacher == "maxnet", "be maxnet with --adapters full")
+            check("dtype", self.dtype != "bfloat16", "auto or float32 with --adapters full")
+            check("teacher", self.teacher == "maxnet", "maxnet with --adapters full")
 
 
 # -------------------------------------------------------------------- the configuration space 𝒜
@@ -383,7 +381,8 @@ def mlfs(model, examples, space, hp, state=None):
                     last_1 = last.detach()
                     h_1 = {l: states.detach() for l, states in h.items()}
                     if teacher and U:                # an option: Sec. 4's teacher, not Sec. 5's
-                        last_1, h_1 = outputs(teacher, batch, maxnet, U)
+                        with torch.no_grad():
+                            last_1, h_1 = teacher.encode(**batch.x, phi=maxnet, features=U)
                 # The maxnet has no one to learn from but the labels.
                 alpha = 0.0 if phi == maxnet else hp.alpha                                     # 11
                 # In two parts: (1-α) ℓ_task + α ℓ_KD of the outputs, then α ℓ_FD of the features.
@@ -418,8 +417,7 @@ def begin_stage(model, examples, space, hp, state, stage):
         if stage == 1 and hp.reorder:
             model.reorder(importance(model, examples, hp))
         model.add_stage(hp.rank if hp.adapters == "low-rank" else None, hp.seed)
-    fixed = stage > 0 and hp.teacher == "fixed"
-    teacher = model.fix_teacher() if fixed else None
+    teacher = model.fix_teacher() if stage and hp.teacher == "fixed" else None
     return make_optimizer(model, state.U, state.moments), teacher
 
 
@@ -449,9 +447,7 @@ def whole_batch(x, y):
     return Batch(x, y, int((y != data.IGNORED).sum()), tokens)
 
 
-@torch.no_grad()
-def outputs(model, batch, phi, features):
-    return model.encode(**batch.x, phi=phi, features=features)
+
 
 
 def importance(model, examples, hp):
@@ -554,14 +550,14 @@ def learning_rate(hp, step, steps):
 
 
 def finite_losses(stage, step, losses, norm):
-    """The losses as floats. ValueError names stage, step and subnet of the first not finite."""
+    """The losses as floats. ValueError tells all of them should one, or Eq. 6's norm, be infinite
+    or not a number."""
     # One transfer from the device for all of them.
     values = dict(zip(losses, torch.stack(list(losses.values())).tolist()))
-    named = {f"the loss of subnet {name}": value for name, value in values.items()}
-    for what, value in (named | {"the norm of Eq. 6's gradient": float(norm)}).items():
-        if not math.isfinite(value):
-            raise ValueError(f"stage {stage}, step {step}: {what} is {value}; no weight was "
-                             f"changed by it. Try a lower --learning-rate, or a --clip above 0")
+    if not all(map(math.isfinite, (*values.values(), norm))):
+        raise ValueError(f"stage {stage}, step {step}: the losses are {values}, the norm of Eq. "
+                         f"6's gradient is {norm:g}; no weight was changed. Try a lower "
+                         f"--learning-rate, or a --clip above 0")
     return values
 
 
@@ -811,8 +807,8 @@ def choose_space(hp, given, model, folder):
     if space[0] != model.maxnet:
         raise ValueError(f"--subnets {hp.subnets} is not for {folder}: {model.maxnet} is not "
                          f"{space[0]}")
-    if shares := [key for key in ("widths", "depths", "hidden") if key in given]:
-        raise ValueError(f"--{shares[0]} and --subnets {hp.subnets} contradict each other")
+    if given.keys() & {"widths", "depths", "hidden"}:
+        raise ValueError(f"--widths, --depths, --hidden do not go with --subnets {hp.subnets}")
     return space
 
 
@@ -865,12 +861,12 @@ def fit_settings(hp, given, model, folder):
     if given.get("max_length", 0) > model.max_tokens:
         raise ValueError(f"max_length {hp.max_length} exceeds the {model.max_tokens} positions of "
                          f"{folder}")
-    if hp.rank > model.config["hidden_size"]:
-        raise ValueError(f"rank {hp.rank} exceeds the hidden size {model.config['hidden_size']} of "
-                         f"{folder}")
+    hidden = model.config["hidden_size"]
+    if hp.rank > hidden:
+        raise ValueError(f"rank {hp.rank} exceeds the hidden size {hidden} of {folder}")
     if model.drawn and not hp.epochs[0]:
         raise ValueError(f"--epochs 0,... would leave the new {' and '.join(model.drawn)} of "
-                         f"{folder} untrained; give stage 0 an epoch at least")
+                         f"{folder} untrained; give stage 0 an epoch")
     # Of 2 heads there is no share of 0.75: the palette goes without, unless it was asked for.
     heads = model.config["num_attention_heads"] // model.head_group
     possible = tuple(share for share in hp.widths if share * heads % 1 == 0)

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 # ------------------------------------------------------------------------------------------- Φ
@@ -49,6 +49,9 @@ class SubnetConfig:
 
 # --------------------------------------------------------------------------- the elastic parts
 
+ALL = slice(None)                                    # as an index: each row in its place
+
+
 def parameter(*shape, trainable=False):
     return nn.Parameter(torch.empty(shape), requires_grad=trainable)
 
@@ -66,8 +69,8 @@ class ElasticLinear(nn.Module):
     def add_stage(self, rank, generator):
         """Alg. 1 line 2: new A_s and B_s, with A_s B_s = 0."""
         # Lines 13 and 15 train A_s and B_s of this stage alone.
-        for earlier in (*self.A, *self.B):
-            earlier.requires_grad_(False)
+        self.A.requires_grad_(False)
+        self.B.requires_grad_(False)
         # B is zero, so a stage starts exactly where the last one ended. A must not be: with
         # g = ∂ℓ/∂y A's gradient is xᵀ (g Bᵀ), B's is (x A)ᵀ g: two zeros would stay zeros.
         # The paper leaves the start open. A ~ U(±1/√in) is LoRA's; no α/r factor: Eq. 7 has none.
@@ -97,18 +100,14 @@ class ElasticLinear(nn.Module):
         return (self.weight.float() + delta.T).to(self.weight.dtype)
 
     @torch.no_grad()
-    def permute(self, inputs=None, outputs=None):
+    def permute(self, inputs=ALL, outputs=ALL):
         """Re-order input columns or output rows of W, and of every A_s, B_s with it."""
-        if outputs is not None:
-            self.weight.data = self.weight[outputs]
-            if self.bias is not None:
-                self.bias.data = self.bias[outputs]
-            for B_s in self.B:
-                B_s.data = B_s[:, outputs]
-        if inputs is not None:
-            self.weight.data = self.weight[:, inputs]
-            for A_s in self.A:
-                A_s.data = A_s[inputs]
+        self.weight.data = self.weight[outputs][:, inputs]
+        if self.bias is not None:
+            self.bias.data = self.bias[outputs]
+        for A_s, B_s in zip(self.A, self.B):
+            A_s.data = A_s[inputs]
+            B_s.data = B_s[:, outputs]
 
 
 class ElasticLayerNorm(nn.Module):
@@ -170,8 +169,7 @@ def split_heads(x, D):                                               # (B, T, n�
 
 def mask_bias(unseen, dtype):
     """What attention adds to its scores: the lowest number where `unseen`, 0 elsewhere."""
-    zeros = torch.zeros(unseen.shape, dtype=dtype, device=unseen.device)
-    return zeros.masked_fill(unseen, torch.finfo(dtype).min)
+    return unseen.to(dtype) * torch.finfo(dtype).min
 
 
 tanh_gelu = partial(F.gelu, approximate="tanh")
@@ -189,15 +187,15 @@ class SuperTransformer(nn.Module):
     config.json in our words, with `head_dim` filled in.
     """
     adapted = ("query", "key", "value", "intermediate")      # App. A: QKV, FFN's intermediate
-    trained_whole: tuple[str, ...] = ()              # without adapters; shared by all subnets
+    trained_whole = ()                               # without adapters; shared by all subnets
     head_group = 1                                   # heads are kept or dropped by so many
     first_position = 0                               # row of the first token in a position table
     has_head_dim = False                             # whether other libraries' config.json has one
     model_type = architecture = ""                   # the checkpoint world's names of the class
-    tensor_names: dict[str, str] = {}                # ours -> the checkpoint's, part by part
-    config_names: dict[str, str] = {}                # the same for config.json
-    defaults: dict = {}                              # of fields that config.json may leave out
-    required: dict = {}                              # fields of which we implement one value
+    tensor_names = {}                                # ours -> the checkpoint's, part by part
+    config_names = {}                                # the same for config.json
+    defaults = {}                                    # of fields that config.json may leave out
+    required = {}                                    # fields of which we implement one value
     sizes = ("intermediate_size", "head_dim")        # fields to be whole numbers, after `complete`
 
     def __init__(self, config):
@@ -205,9 +203,9 @@ class SuperTransformer(nn.Module):
         self.config = config
         self.num_stages = 0
         self.gradient_checkpointing = False          # keep no activations inside layers; recompute
-        self.order: dict[str, Tensor] = {}           # what `permute` did; stored with the adapters
-        self.drawn: list[str] = []                   # parts of the head that no checkpoint had
-        self.notes: list[str] = []                   # what loading left out or took for granted
+        self.order = {}                              # what `permute` did; stored with the adapters
+        self.drawn = []                              # parts of the head that no checkpoint had
+        self.notes = []                              # what loading left out or took for granted
 
     def forward(self, ids, mask=None, phi=None, **more):
         """z, h = f_Φ(x; Π_Φ(W_Sup)); ids and mask (B, T), mask 1 for a real token (Sec. 4).
@@ -217,8 +215,8 @@ class SuperTransformer(nn.Module):
         """
         phi = phi or self.maxnet
         self.subnet_config(phi)                      # ValueError if it cannot be
-        features = more.pop("features", phi.layers)
-        last, h = self.encode(ids, mask, phi, features=features, **more)
+        more.setdefault("features", phi.layers)
+        last, h = self.encode(ids, mask, phi, **more)
         return self.logits(last), h
 
     def layer(self, l, *inputs):
@@ -276,9 +274,10 @@ class SuperTransformer(nn.Module):
         Prop. 2 says "only the LoRA matrices": the head is not counted. No adapters: all of Φ_j.
         """
         small = self.skeleton(phi)
-        if not self.adapted_linears()[0].A:
+        adapters = self.adapted_linears()[0].A
+        if not adapters:
             return sum(p.numel() for p in small.parameters())
-        rank = self.adapted_linears()[0].A[-1].size(1)
+        rank = adapters[-1].size(1)
         # A has in·r entries, B has r·out.
         return sum(rank * sum(linear.weight.shape) for linear in small.adapted_linears())
 
@@ -302,7 +301,10 @@ class SuperTransformer(nn.Module):
         small = self.skeleton(phi)
         state = {}
         for name, part in small.named_parameters():
-            module, kind = self.source(name, phi)
+            *path, kind = name.split(".")
+            if path[0] == "layers":
+                path[1] = str(phi.layers[int(path[1])])              # its layer l is our g_j(l)
+            module = self.get_submodule(".".join(path))
             merge = kind == "weight" and isinstance(module, ElasticLinear)
             whole = module.merged() if merge else getattr(module, kind)
             corner = tuple(slice(size) for size in part.shape)       # Π_Φ: the leading block
@@ -310,12 +312,7 @@ class SuperTransformer(nn.Module):
         small.load_state_dict(state, assign=True)
         return small
 
-    def source(self, name, phi):
-        """Where a parameter of Φ's stand-alone model comes from: our module, "weight" or "bias"."""
-        *path, kind = name.split(".")
-        if path[0] == "layers":
-            path[1] = str(phi.layers[int(path[1])])                  # its layer l is our g_j(l)
-        return self.get_submodule(".".join(path)), kind
+
 
     @classmethod
     def complete(cls, config):
@@ -350,13 +347,13 @@ class SuperTransformer(nn.Module):
             # Heads of a group share a key, and moved together: each group's first one tells where.
             of_keys = blocks(heads[::group] // group, D)
             if len(layer.key.weight) == D:           # the only key of a multi-query model stays
-                of_keys = None
+                of_keys = ALL
             rows = {"query": of_heads, "key": of_keys, "value": of_keys,
                     "intermediate": neurons, "gate": neurons}
             columns = {"attention_output": of_heads, "output": neurons}
             for name, module in layer.named_children():
                 if isinstance(module, ElasticLinear):
-                    module.permute(columns.get(name), rows.get(name))
+                    module.permute(columns.get(name, ALL), rows.get(name, ALL))
         self.order = {key: self.order[key][index] if key in self.order else index
                       for key, index in order.items()}
 
@@ -364,8 +361,8 @@ class SuperTransformer(nn.Module):
         """What MLFS learned: {A_s, B_s}, the head, the permutation; a few MB a task (Sec. 3)."""
         state = {}
         for name, p in self.named_parameters():
-            adapter = ".A." in name or ".B." in name
-            if adapter or p.requires_grad or name.split(".")[0] in self.trained_whole:
+            part, *path = name.split(".")
+            if p.requires_grad or part in self.trained_whole or {"A", "B"} & {*path}:
                 state[name] = p.detach()
         return state | {f"order.{key}": index for key, index in self.order.items()}
 
@@ -422,7 +419,7 @@ class Bert(SuperTransformer):
     architecture = "BertForSequenceClassification"
     defaults = {"type_vocab_size": 2, "layer_norm_eps": 1e-12, "hidden_act": "gelu"}
     required = {"position_embedding_type": "absolute"}
-    sizes = ("intermediate_size", "head_dim", "type_vocab_size")
+    sizes = (*SuperTransformer.sizes, "type_vocab_size")
     ignored = re.compile(r"cls\.(predictions|seq_relationship)\..*|embeddings\.position_ids")
     tensor_names = {
         "word_embeddings": "embeddings.word_embeddings",
@@ -466,9 +463,7 @@ class Bert(SuperTransformer):
     def encode(self, ids, mask, phi, segments=None, features=()):
         """The first token's last state (B, H), and h_Φ: the states (B, T, H) after `features`."""
         x = self.embed(ids, segments, phi.hidden_size)
-        bias = None
-        if mask is not None:
-            bias = mask_bias(mask == 0, x.dtype)[:, None, None]      # (B, 1, 1, T)
+        bias = None if mask is None else mask_bias(mask == 0, x.dtype)[:, None, None]
         h = {}
         for l in phi.layers:                                         # g_j(1), g_j(2), ...
             # Of the last layer the head reads one token. Unless a loss compares the others, to
@@ -509,8 +504,8 @@ class Bert(SuperTransformer):
         classes = stored.get(f"{name}.weight", torch.empty(0)).shape[:1].numel()
         config["num_labels"] = num_labels or classes or 2
         if classes != config["num_labels"]:          # `draw_head` makes a new one
-            stored.pop(f"{name}.weight", None)
-            stored.pop(f"{name}.bias", None)
+            for kind in ("weight", "bias"):
+                stored.pop(f"{name}.{kind}", None)
 
 
 # ------------------------------------------------------------------------------------ decoders
@@ -544,7 +539,7 @@ class Cache:
     def __init__(self, size):
         self.size = size                             # most tokens it will hold
         self.length = 0
-        self.parts: dict[int, list[Tensor]] = {}
+        self.parts = {}
 
     def extend(self, l, k, v):
         """Appends (B, G, T, D), returns all there is (B, G, S, D). `encode` counts the length."""
@@ -668,9 +663,8 @@ class Decoder(SuperTransformer):
         heads = config["num_attention_heads"]
         config.setdefault("num_key_value_heads", heads)
         check_size(cls, config, "num_key_value_heads")
-        if heads % config["num_key_value_heads"]:
-            raise ValueError(f"num_attention_heads {heads} is not a multiple of "
-                             f"num_key_value_heads {config['num_key_value_heads']}")
+        check(cls, config, "num_key_value_heads", heads % config["num_key_value_heads"] == 0,
+              f"a divisor of num_attention_heads, {heads}")
 
     @classmethod
     def adopt(cls, stored, config, num_labels):
@@ -678,9 +672,9 @@ class Decoder(SuperTransformer):
         if config["tie_word_embeddings"] and "lm_head.weight" in stored:
             twin = stored.pop("lm_head.weight")
             embedding = stored.setdefault(checkpoint_name(cls, "word_embeddings.weight"), twin)
-            if not torch.equal(twin, embedding):
+            if twin.dtype != embedding.dtype or not torch.equal(twin, embedding):
                 raise ValueError("tensor 'lm_head.weight' differs from the embedding, though "
-                                 "config.json ties them (tie_word_embeddings)")
+                                 "tie_word_embeddings is true")
 
 
 class GPTLayer(DecoderLayer):
@@ -740,9 +734,9 @@ class GPT(Decoder):
         name = name.removeprefix("transformer.")
         if re.fullmatch(r"h\.\d+\.attn\.(masked_)?bias", name):      # buffers: the causal mask
             return {}
-        if config["model_type"] == "gpt2" and tensor.dim() == 2:
-            if re.search(r"(attn|c_proj|c_fc)\.weight$", name):
-                tensor = tensor.T                                    # Conv1D keeps (in, out)
+        conv = re.search(r"(attn|c_proj|c_fc)\.weight$", name)
+        if conv and config["model_type"] == "gpt2" and tensor.dim() == 2:
+            tensor = tensor.T                                        # Conv1D keeps (in, out)
         for module, parts in cls.fused.items():
             if f".attn.{module}." in name:
                 # First the rows of query, N heads of D; then D of the one key, D of its value.
@@ -760,7 +754,7 @@ class GPT(Decoder):
     @staticmethod
     def write(tensors):
         """The inverse of `read`, in the gpt_bigcode layout."""
-        stored: dict[str, Tensor] = {}
+        stored = {}
         for name, t in tensors.items():
             fused = "transformer." + re.sub(r"attn\.(query|key|value)", "attn.c_attn", name)
             stored[fused] = torch.cat((stored[fused], t)) if fused in stored else t
@@ -827,15 +821,11 @@ class Llama(Decoder):
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind != "default":
             raise ValueError(f"rotary scaling {short(kind)} is not supported")
-        theta = rope.get("rope_theta", config["rope_theta"])
-        if type(theta) not in (int, float) or not 1 <= theta <= 1e30:
-            raise ValueError(f"rope_theta must be a positive number, at least 1, not "
-                             f"{short(theta)}")
+        theta = config["rope_theta"] = rope.get("rope_theta", config["rope_theta"])
+        fits = type(theta) in (int, float) and 1 <= theta <= 1e30
+        check(cls, config, "rope_theta", fits, "a number from 1 to 1e30")
         config["rope_theta"] = float(theta)
-        window = config.get("sliding_window")
-        # A window that holds the longest text hides nothing.
-        wide = type(window) is int and window >= config["max_position_embeddings"]
-        if re.search("sliding|chunked", str(config.pop("layer_types", ""))) and not wide:
+        if re.search("sliding|chunked", str(config.pop("layer_types", ""))):
             raise ValueError("layer_types with a sliding window are not supported")
 
     @classmethod
@@ -849,8 +839,7 @@ class Llama(Decoder):
 
 # ------------------------------------------------------------------------------------- loading
 
-FAMILIES: dict[str, type[SuperTransformer]] = {
-    "bert": Bert, "gpt_bigcode": GPT, "gpt2": GPT, "llama": Llama}
+FAMILIES = {"bert": Bert, "gpt_bigcode": GPT, "gpt2": GPT, "llama": Llama}
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 NEEDED = ("vocab_size", "hidden_size", "num_attention_heads", "num_hidden_layers",
           "max_position_embeddings")
@@ -879,7 +868,7 @@ def read_config(folder):
     """config.json in our words, complete; ValueError names a field that this code cannot serve."""
     path = folder / "config.json"
     given = {key: value for key, value in read_json(path).items() if value is not None}
-    kind = given.setdefault("model_type", infer_type(given.get("architectures")))
+    kind = given.get("model_type")
     if kind not in list(FAMILIES):                   # a list: what is stored may have no hash
         raise ValueError(f"{path}: model_type {short(kind)} is not supported; set it to one of "
                          f"{', '.join(FAMILIES)}")
@@ -892,9 +881,8 @@ def read_config(folder):
             check_size(family, config, key)
         hidden = config["hidden_size"]
         heads = config["num_attention_heads"]
-        if "head_dim" not in config and hidden % heads:
-            raise ValueError(f"hidden_size {hidden} is not a multiple of num_attention_heads "
-                             f"{heads}, and there is no head_dim")
+        check(family, config, "hidden_size", "head_dim" in config or hidden % heads == 0,
+              f"a multiple of num_attention_heads, {heads}, where there is no head_dim")
         config.setdefault("head_dim", hidden // heads)
         family.complete(config)
         for key in family.sizes:
@@ -905,58 +893,53 @@ def read_config(folder):
     return config
 
 
-def infer_type(architectures):
-    """["BertForMaskedLM"] -> "bert"; None if that names no family of ours."""
-    words = str(architectures).replace("GPTBigCode", "gpt_bigcode").lower()
-    found = re.search(rf"\b({'|'.join(FAMILIES)})(for|model|lmhead)", words)
-    return found and found[1]
+
+
+
+def check(family, config, key, fits, rule):
+    """ValueError unless the field's value fits; by the field's name in config.json."""
+    if not fits:
+        name = family.config_names.get(key, key)
+        raise ValueError(f"{name} {short(config.get(key))} is not supported, only {rule}")
 
 
 def check_size(family, config, key):
     # No more layers than can be built in a moment.
     most = 2 ** {"max_position_embeddings": 24, "num_hidden_layers": 9}.get(key, 20)
     size = config.get(key)
-    if type(size) is not int or not 1 <= size <= most:
-        raise ValueError(f"{family.config_names.get(key, key)} must be a positive whole number, at "
-                         f"most {most}, not {short(size)}")
+    fits = type(size) is int and 1 <= size <= most
+    check(family, config, key, fits, f"a whole number from 1 to {most}")
 
 
 def check_choices(family, config):
     """The fields that are no sizes: what we have one or a few values for."""
     eps = config["layer_norm_eps"]
-    if type(eps) is not float or not 0 < eps < 1:
-        name = family.config_names.get("layer_norm_eps", "layer_norm_eps")
-        raise ValueError(f"{name} must be a positive number below 1, not {short(eps)}")
+    fits = type(eps) is float and 0 < eps < 1
+    check(family, config, "layer_norm_eps", fits, "a number between 0 and 1")
     choices = {"hidden_act": list(ACTIVATIONS), "tie_word_embeddings": [True, False]}
     choices |= {key: [value] for key, value in family.required.items()}
     for key, known in choices.items():
-        if config.get(key, known[0]) not in known:
-            raise ValueError(f"{family.config_names.get(key, key)} {short(config[key])} is not "
-                             f"supported; choose from {', '.join(map(str, known))}")
+        fits = config.get(key, known[0]) in known
+        check(family, config, key, fits, ", ".join(map(str, known)))
     for key in ("id2label", "label2id"):
-        if not isinstance(config.get(key, {}), dict):
-            raise ValueError(f"{key} must be an object, not {short(config[key])}")
+        check(family, config, key, isinstance(config.get(key, {}), dict), "an object")
 
 
 def checkpoint_files(folder):
     """model.safetensors, or the shards that model.safetensors.index.json names."""
-    whole = Path(folder) / "model.safetensors"
-    index = Path(folder) / "model.safetensors.index.json"
+    whole = folder / "model.safetensors"
+    index = folder / "model.safetensors.index.json"
     if whole.exists():
         return [whole]
     if index.exists():
         places = read_json(index).get("weight_map")
-        names = list(places.values()) if isinstance(places, dict) else [None]
-        # Files beside the index, not elsewhere on this machine.
-        if not all(re.fullmatch(r"[\w.-]{1,200}\.safetensors", str(name)) for name in names):
-            raise ValueError(f"{index}: weight_map must map tensors to .safetensors files beside "
-                             f"it")
-        return [whole.with_name(name) for name in sorted(set(names))]
-    for path in sorted(Path(folder).glob("*")):
-        if path.suffix == ".bin" or path.suffix.startswith(".pt"):
-            raise ValueError(f"{folder} holds only a pickle ({path.name}), which can run code when "
-                             f"read; weights/README.md tells how to convert it to safetensors")
-    raise FileNotFoundError(f"there is no {whole}; weights/README.md tells how to get one")
+        if not isinstance(places, dict):
+            raise ValueError(f"{index}: weight_map must name files")
+        # Beside the index, whatever it says: no file elsewhere on this machine is read.
+        return sorted({folder / Path(str(place)).name for place in places.values()})
+    # A pickle (pytorch_model.bin) is never read, for that can run code.
+    raise FileNotFoundError(f"there is no {whole}; weights/README.md tells how to get one, or to "
+                            f"convert a pickle (.bin, .pt)")
 
 
 def read_checkpoint(folder):
@@ -966,8 +949,10 @@ def read_checkpoint(folder):
             with safe_open(path, framework="pt") as file:
                 yield from [(name, file.get_tensor(name)) for name in file.keys()]
         except (SafetensorError, OSError) as error:
-            what = "is damaged or cut short" if path.exists() else "is not there, but in the index"
-            if path.exists() and path.stat().st_size < 1024 and b"git-lfs" in path.read_bytes():
+            what = "is damaged or cut short"
+            if not path.exists():
+                what = "is not there, but in the index"
+            elif path.stat().st_size < 1024 and b"git-lfs" in path.read_bytes():
                 what = "is a Git LFS pointer; git lfs pull fetches the file"
             raise ValueError(f"{path} {what}: {str(error)[:200]}") from None
 
@@ -985,8 +970,9 @@ def load_pretrained(folder, num_labels=None, dtype=None, labels=()):
     folder = Path(folder)
     config = read_config(folder)
     family = FAMILIES[config["model_type"]]
+    tensors = list(read_checkpoint(folder))
     try:
-        stored, foreign = tensors_by_name(folder, family, config)
+        stored, foreign = tensors_by_name(tensors, family, config)
         family.adopt(stored, config, num_labels)
         with torch.device("meta"):                   # shapes only: tensors are assigned, not copied
             model = family(config)
@@ -1001,31 +987,26 @@ def load_pretrained(folder, num_labels=None, dtype=None, labels=()):
             raise ValueError(f"tensor {short(min(unknown))} has no place in a "
                              f"{config['model_type']} model")
         if stored:
-            model.notes.append(f"left out, a foreign head: {', '.join(map(short, sorted(stored)))}")
+            model.notes.append(f"left out, a foreign head: {sorted(stored)}")
     except ValueError as error:
-        named = str(folder) in str(error)
-        raise ValueError(str(error) if named else f"{folder}: {error}") from None
+        raise ValueError(f"{folder}: {error}") from None
     model.load_state_dict(weights, assign=True)
     if labels and "classifier" not in model.drawn:
         order_classes(model, labels)
     return model
 
 
-def tensors_by_name(folder, family, config):
-    """All stored tensors under the names of `tensor_names`; the names of what may be foreign."""
+def tensors_by_name(tensors, family, config):
+    """All of them under the names of `tensor_names`; the names of what may be foreign."""
     network = {name.split(".")[0] for name in (*family.tensor_names.values(), "lm_head")}
-    stored: dict[str, Tensor] = {}
+    stored = {}
     foreign = set()
-    for name, tensor in read_checkpoint(folder):
+    for name, tensor in tensors:
         for key, part in family.read(name, tensor, config).items():
             if key == name and key.split(".")[0] not in network:
                 foreign.add(key)                     # neither "bert.", say, nor "encoder."
             if key in stored:
                 raise ValueError(f"tensor {short(key)} is there twice, under two spellings")
-            # Told here, for torch can hardly compare others. A foreign head may count batches.
-            if part.dtype not in FLOATS and key.endswith(("weight", "bias")):
-                raise ValueError(f"tensor {short(key)} is {part.dtype}, not floating point of 16 "
-                                 f"to 64 bits")
             stored[key] = part
     return stored, foreign
 
@@ -1034,8 +1015,10 @@ def draw_head(model, stored):
     """Adds to `stored` what it lacks of the head: a masked LM, say, has no pooler."""
     for part in model.trained_whole:
         name = checkpoint_name(type(model), part)
-        if f"{name}.weight" not in stored and f"{name}.bias" not in stored:
-            stored |= new_linear(name, *getattr(model, part).weight.shape)
+        if not {f"{name}.weight", f"{name}.bias"} & stored.keys():
+            seed = torch.randint(2 ** 31, ()).item()
+            drawn = initialise(getattr(model, part).to_empty(device="cpu"), seed).state_dict()
+            stored |= {f"{name}.{kind}": tensor for kind, tensor in drawn.items()}
             model.drawn.append(part)
             model.notes.append(f"no {part} that fits is stored: a new one is drawn")
 
@@ -1050,17 +1033,17 @@ def order_classes(model, labels):
     rows = {name.casefold(): str(row) for name, row in names.items()}
     order = [rows.get(label.casefold(), rows.get(str(i))) for i, label in enumerate(labels)]
     if set(order) == {str(i) for i in range(len(labels))}:
-        model.classifier.permute(outputs=torch.tensor([int(row) for row in order]))
+        model.classifier.permute(outputs=[int(row) for row in order])
     elif rows and "label_0" not in rows:
         model.notes.append(f"its classes {short(list(names))} are taken for {short(labels)}")
 
 
 def fitted(key, tensor, p, dtype):
-    """A stored tensor as parameter p wants it; ValueError for another shape or what is not finite.
+    """A stored tensor as p wants it; ValueError for another shape or kind, or what is not finite.
     """
-    if tensor.shape != p.shape:
-        raise ValueError(f"tensor {key!r} is {tuple(tensor.shape)}; config.json asks for "
-                         f"{tuple(p.shape)}")
+    if tensor.shape != p.shape or tensor.dtype not in (*FLOATS, p.dtype):
+        raise ValueError(f"tensor {key!r} is {tuple(tensor.shape)} in {tensor.dtype}, not "
+                         f"{tuple(p.shape)} in floating point of 16 to 64 bits")
     if p.requires_grad:
         tensor = tensor.to(torch.float32).clone()    # a copy: a view would keep the file in memory
     else:
@@ -1075,11 +1058,7 @@ def checkpoint_name(family, name):
     return ".".join(family.tensor_names.get(part, part) for part in name.split("."))
 
 
-def new_linear(name, rows, columns):
-    """{weight, bias} of what a checkpoint lacks, drawn from torch's global seed."""
-    generator = torch.Generator().manual_seed(torch.randint(2 ** 31, ()).item())
-    return {f"{name}.weight": torch.randn(rows, columns, generator=generator) * 0.02,
-            f"{name}.bias": torch.zeros(rows)}
+
 
 
 def load_trained_state(model, state):
@@ -1087,23 +1066,21 @@ def load_trained_state(model, state):
 
     ValueError names the first tensor that does not fit.
     """
-    if any(name.startswith("order.") for name in state):
-        model.permute(stored_order(model, state))
-    first = f"layers.0.{model.adapted[0]}."
-    if first + "weight" in state:                    # full-rank MLFS: all of W is in there
-        model.add_stage(None)
-    while (A_s := state.get(f"{first}A.{model.num_stages}")) is not None:
-        model.add_stage(A_s.shape[-1:].numel())
-    own = model.trained_state()
-    for name in sorted({*own, *state}):
-        fits = name in state and name in own and own[name].shape == state[name].shape
-        if not fits or state[name].dtype not in (*FLOATS, torch.int64):
-            raise ValueError(f"the adapters do not fit this base model: tensor {short(name)} is "
-                             f"missing, extra or misshapen")
-        own[name].copy_(state[name])
-        if not own[name].isfinite().all():
-            raise ValueError(f"the adapters are not finite: tensor {name!r} has a NaN or infinite "
-                             f"value")
+    try:
+        if any(name.startswith("order.") for name in state):
+            model.permute(stored_order(model, state))
+        first = f"layers.0.{model.adapted[0]}."
+        if first + "weight" in state:                # full-rank MLFS: all of W is in there
+            model.add_stage(None)
+        while (A_s := state.get(f"{first}A.{model.num_stages}")) is not None:
+            model.add_stage(A_s.shape[-1:].numel())
+        own = model.trained_state()
+        if odd := own.keys() ^ state.keys():
+            raise ValueError(f"tensor {short(min(odd))} is missing or extra")
+        for name, tensor in own.items():
+            tensor.copy_(fitted(name, state[name], tensor, None))
+    except ValueError as error:
+        raise ValueError(f"the adapters do not fit this base model: {error}") from None
 
 
 def stored_order(model, state):
@@ -1112,12 +1089,11 @@ def stored_order(model, state):
     order = {}
     for l in model.maxnet.layers:
         for kind, size in sizes.items():
-            index = state.get(f"order.{l}.{kind}", torch.empty(0))
-            order[f"{l}.{kind}"] = index
+            key = f"{l}.{kind}"
+            index = order[key] = state.get(f"order.{key}", torch.empty(0))
             whole_numbers = index.dtype == torch.int64
             if not whole_numbers or not torch.equal(index.sort().values, torch.arange(size)):
-                raise ValueError(f"the adapters do not fit this base model: 'order.{l}.{kind}' is "
-                                 f"no permutation of its {size}")
+                raise ValueError(f"'order.{key}' is no permutation of its {size}")
     return order
 
 
@@ -1135,14 +1111,7 @@ def initialise(model, seed=0):
 
 # -------------------------------------------------------------------------------------- saving
 
-def flush(path):
-    """Brings a file to the disk. Some network mounts refuse, and nothing is lost by that."""
-    try:
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-    except OSError as error:
-        if error.errno in (errno.EIO, errno.ENOSPC, errno.EDQUOT):
-            raise
+
 
 
 @contextmanager
@@ -1152,18 +1121,23 @@ def replacing(path):
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield beside
-        # The rights that the user's other new files get; safetensors' are private.
         mask = os.umask(0)
         os.umask(mask)
-        with suppress(OSError):                      # some network mounts have no rights to give
+        try:
+            with open(beside, "rb") as file:
+                os.fsync(file.fileno())
+            # The rights that the user's other new files get; safetensors' are private.
             beside.chmod(0o666 & ~mask)
-        flush(beside)
+        except OSError as error:
+            # Some network mounts refuse both, and nothing is lost by that.
+            if error.errno in (errno.EIO, errno.ENOSPC, errno.EDQUOT):
+                raise
         os.replace(beside, path)
     except SafetensorError as error:                 # its words for an OSError
         raise OSError(f"{path} could not be written: {error}") from None
     finally:
         with suppress(OSError):                      # the folder itself may be gone
-            beside.unlink(missing_ok=True)
+            beside.unlink()
 
 
 def save_pretrained(model, folder, labels=()):
@@ -1173,7 +1147,7 @@ def save_pretrained(model, folder, labels=()):
     cannot express it (`common_heads`); `load_pretrained` reads it by its head_dim. labels: names of
     the classes. Raises FileExistsError if the folder holds one already.
     """
-    assert not model.num_stages, "merge the adapters first: save_pretrained(model.extract(phi), ..)"
+    assert not model.num_stages, "merge the adapters first, by model.extract(phi)"
     folder = Path(folder)
     for path in (folder / "config.json", folder / "model.safetensors"):
         if path.exists():
@@ -1199,10 +1173,10 @@ def stored_config(model, labels):
     for key in STALE:
         config.pop(key, None)
     if "num_labels" in config:
-        labels = labels or tuple(f"LABEL_{i}" for i in range(config["num_labels"]))
+        labels = labels or [f"LABEL_{i}" for i in range(config["num_labels"])]
         if config["num_labels"] == 1:                # otherwise a pipeline takes a score's sigmoid
             config["problem_type"] = "regression"
-        config["id2label"] = {str(i): label for i, label in enumerate(labels)}
+        config["id2label"] = dict(enumerate(labels))
         config["label2id"] = {label: i for i, label in enumerate(labels)}
     return {model.config_names.get(key, key): value for key, value in config.items()}
 
@@ -1214,9 +1188,8 @@ def common_heads(model):
     one (Llama) they still want heads to divide hidden_size. None if no number will do.
     """
     H = model.config["hidden_size"]
-    D = model.config["head_dim"]
     for heads in range(model.config["num_attention_heads"], H + 1, model.head_group):
-        if H % heads == 0 and (model.has_head_dim or H // heads == D):
+        if H % heads == 0 and (model.has_head_dim or H // heads == model.config["head_dim"]):
             return heads
     return None
 
@@ -1224,13 +1197,13 @@ def common_heads(model):
 @torch.no_grad()
 def pad_heads(model, heads):
     """The same function with so many heads: the new ones are zeros, which no output reads."""
-    assert not model.num_stages, "merge the adapters first: pad_heads(model.extract(phi), heads)"
     config = model.config | {"num_attention_heads": heads}
     if "num_key_value_heads" in config:
         config["num_key_value_heads"] = key_heads(model.config, heads)
     padded = type(model)(config)
-    for new, old in zip(padded.parameters(), model.parameters()):
-        new.data = torch.zeros(new.shape, dtype=old.dtype, device=old.device)
+    # Strict: adapters, which have no place here, are to be merged first (`extract`).
+    for new, old in zip(padded.parameters(), model.parameters(), strict=True):
+        new.data = old.new_zeros(new.shape)
         corner = tuple(slice(size) for size in old.shape)
         new[corner] = old
     return padded

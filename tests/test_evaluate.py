@@ -160,8 +160,8 @@ EXPECTED = (
     [
         (["--task", "sst3"], "unknown task 'sst3'"),
         (["--rank", "0"], "rank must be at least 1"),
-        (["--alpha", "2"], "alpha must lie in [0, 1]"),
-        (["--gamma", "1000"], "gamma must lie in [0, 10]"),
+        (["--alpha", "2"], "alpha must be in [0, 1]"),
+        (["--gamma", "1000"], "gamma must be in [0, 10]"),
         (["--rank", "100000000000"], "exceeds the hidden size 96"),
         (["--widths", "1,.3"], "a share of 0.3 is not possible"),
         (["--widths", "1e999999999"], "a share of inf is not possible"),

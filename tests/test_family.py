@@ -12,7 +12,7 @@ import evaluate
 import mlfs
 import model
 from conftest import RUN_OPTIONS, load_small_toy
-from model import Bert, load_pretrained, new_linear
+from model import Bert, load_pretrained
 
 REFERENCE = Path(__file__).parent / "reference" / "roberta-classifier"
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -30,13 +30,6 @@ class Roberta(Bert):
         "pooler": "classifier.dense",
         "classifier": "classifier.out_proj",
     }
-
-    @classmethod
-    def adopt(cls, stored, config, num_labels):
-        """A pretrained RoBERTa has no classifier: its first layer starts anew, too."""
-        if "classifier.dense.weight" not in stored:
-            stored |= new_linear("classifier.dense", config["hidden_size"], config["hidden_size"])
-        super().adopt(stored, config, num_labels)
 
     def embed(self, ids, segments, H):
         return super().embed(ids, None, H)  # one token type, also for the second of a pair

@@ -369,9 +369,9 @@ def test_a_loss_that_is_not_finite_stops_before_any_weight_changes(tiny, poison)
     with pytest.raises(
         ValueError,
         match=(
-            "stage 2, step 2: the loss of subnet w1-d4 is nan"
+            "stage 2, step 2: the losses are {'w1-d4': nan"
             if poison == "loss"
-            else "the norm of Eq. 6's gradient"
+            else "the norm of Eq. 6's gradient is (inf|nan)"
         ),
     ):
         next(run)
@@ -472,7 +472,7 @@ def test_the_opening_says_what_of_the_head_is_new_or_left_out(tmp_path, monkeypa
     """Three classes are stored, the toy has two."""
     strangers_base(tmp_path, "bert.pooler.", **{"linear.weight": torch.ones(2)})
     told = m.opening(prepare(tmp_path, monkeypatch))
-    for words in ("no pooler that fits", "no classifier that fits", "head: 'linear.weight'"):
+    for words in ("no pooler that fits", "no classifier that fits", "head: ['linear.weight'"):
         assert f"\n{tmp_path.name}: " in told and words in told
 
 

@@ -252,7 +252,7 @@ def test_what_was_trained_is_stored_and_gives_back_the_logits(tiny):
     with pytest.raises(ValueError, match="classifier.bias"):
         load_trained_state(tiny_bert(), state)
     state["classifier.bias"] = torch.tensor([0, float("nan"), 0])
-    with pytest.raises(ValueError, match="not finite: tensor 'classifier.bias'"):
+    with pytest.raises(ValueError, match="fit this base model: tensor 'classifier.bias' has a NaN"):
         load_trained_state(tiny_bert(), state)
 
 
@@ -264,9 +264,9 @@ def test_what_was_trained_is_stored_and_gives_back_the_logits(tiny):
         (dict(num_hidden_layers=5), "'order.4.heads' is no permutation"),
         (
             dict(num_hidden_layers=3),
-            "tensor 'layers.3.intermediate.A.0' is missing, extra or misshapen",
+            "base model: tensor 'layers.3.intermediate.A.0' is missing or extra",
         ),
-        (dict(num_labels=2), "tensor 'classifier.bias' is missing, extra or misshapen"),
+        (dict(num_labels=2), r"'classifier.weight' is \(3, 16\) in torch.float32, not \(2, 16\)"),
     ],
 )
 def test_adapters_of_another_base_model_are_refused(tiny, other, words):
@@ -285,14 +285,14 @@ def test_adapters_of_another_base_model_are_refused(tiny, other, words):
 @pytest.mark.parametrize(
     "name, wrong, words",
     [
-        ("layers.0.query.A.0", torch.tensor(1.0), "is missing, extra or misshapen"),
-        ("layers.0.query.A.0", torch.ones(2), "'layers.0.query.A.0' is missing, extra or"),
+        ("layers.0.query.A.0", torch.tensor(1.0), r"is \(\) in torch.float32, not \(16, 1\)"),
+        ("layers.0.query.A.0", torch.ones(2), r"'layers.0.query.A.0' is \(2,\) in"),
         ("order.1.heads", torch.arange(4.0), "'order.1.heads' is no permutation of its 4"),
         ("order.1.heads", torch.ones(4).to(torch.float8_e5m2), "'order.1.heads' is no permutation"),
-        ("order.9.heads", torch.ones(4).to(torch.float8_e4m3fn), "'order.9.heads' is missing, ex"),
-        ("order.9.heads", torch.arange(4), "'order.9.heads' is missing, extra or misshapen"),
-        ("classifier.bias", torch.ones(3).to(torch.float8_e4m3fn), "'classifier.bias' is missing"),
-        ("classifier.bias", torch.ones(3).to(torch.complex64), "'classifier.bias' is missing"),
+        ("order.9.heads", torch.ones(4).to(torch.float8_e4m3fn), "'order.9.heads' is missing or"),
+        ("order.9.heads", torch.arange(4), "'order.9.heads' is missing or extra"),
+        ("classifier.bias", torch.ones(3).to(torch.float8_e4m3fn), "in torch.float8_e4m3fn, not"),
+        ("classifier.bias", torch.ones(3).to(torch.complex64), "in torch.complex64, not"),
     ],
 )
 def test_adapters_that_are_no_matrices_or_no_permutation_are_refused(tiny, name, wrong, words):
@@ -406,7 +406,7 @@ def test_rows_of_other_classes_stay_and_a_note_tells(tmp_path, names):
 
 @pytest.mark.parametrize("field", ["id2label", "label2id"])
 def test_classes_that_are_no_object_are_refused(tmp_path, field):
-    with pytest.raises(ValueError, match=f"config.json: {field} must be an object, not 'x'"):
+    with pytest.raises(ValueError, match=f"{field} 'x' is not supported, only an object"):
         load_pretrained(damaged(tmp_path, config={field: "x"}), 3, labels=MNLI)
 
 
@@ -442,33 +442,9 @@ def test_an_unknown_name_in_the_network_of_plain_keys_is_an_error(tmp_path):
             load_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "layout, architectures",
-    [
-        ("bert-classifier", ["BertForMaskedLM"]),
-        ("bert-classifier", "BertModel"),
-        ("bert-classifier", [None, "BertLMHeadModel"]),
-        ("gpt-bigcode", ["GPTBigCodeForCausalLM"]),
-        ("gpt2-custom", ["GPT2LMHeadCustomModel"]),
-        ("llama-gqa", ["LlamaModel"]),
-    ],
-)
-def test_without_a_model_type_the_architecture_tells(tmp_path, layout, architectures):
-    shutil.copytree(REFERENCE / layout, tmp_path, dirs_exist_ok=True)
-    config = json.loads((tmp_path / "config.json").read_text()) | {"architectures": architectures}
-    for unsaid in ({"model_type": None}, {}):
-        (tmp_path / "config.json").write_text(json.dumps(config | unsaid))
-        ids = batch()["ids"]
-        want = load_pretrained(REFERENCE / layout)(ids)[0]
-        assert torch.equal(load_pretrained(tmp_path)(ids)[0], want)
-        config.pop("model_type", None)
-
-
-@pytest.mark.parametrize("architectures", [None, [], 7, ["RobertaModel"], ["BertweetModel"]])
-def test_without_model_type_and_architecture_the_sentence_says_what_to_add(tmp_path, architectures):
-    folder = damaged(tmp_path, config={"model_type": None, "architectures": architectures})
+def test_without_a_model_type_the_sentence_says_what_to_add(tmp_path):
     with pytest.raises(ValueError, match="model_type None is not supported; set it to one of bert"):
-        load_pretrained(folder)
+        load_pretrained(damaged(tmp_path, config={"model_type": None}))
 
 
 def test_where_there_is_one_segment_both_sentences_have_it():
@@ -491,13 +467,13 @@ def test_where_there_is_one_segment_both_sentences_have_it():
         (
             lambda t: t.update({KEY: torch.zeros(16, 16, dtype=torch.int64)}),
             None,
-            "not floating point",
+            r"key.weight' is \(16, 16\) in torch.int64, not \(16, 16\) in floating point",
         ),
         (lambda t: t.update({KEY.removeprefix("bert."): torch.zeros(16, 16)}), None, "there twice"),
         (None, {"model_type": "t5"}, "model_type 't5' is not supported"),
-        (None, {"num_hidden_layers": 0}, "num_hidden_layers must be a positive whole number"),
+        (None, {"num_hidden_layers": 0}, "num_hidden_layers 0 is not supported"),
         (None, {"hidden_act": "mish"}, "hidden_act 'mish'"),
-        (None, {"num_attention_heads": 5}, "not a multiple"),
+        (None, {"num_attention_heads": 5}, "only a multiple of num_attention_heads, 5"),
         (None, {"position_embedding_type": "relative_key"}, "position_embedding_type"),
     ],
 )
@@ -553,7 +529,7 @@ def test_truncated_pickled_and_missing_checkpoints_are_refused(tmp_path):
             load_pretrained(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04.")
-    with pytest.raises(ValueError, match="pickle"):
+    with pytest.raises(FileNotFoundError, match="there is no .*convert a pickle"):
         load_pretrained(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match="not valid JSON"):
