@@ -487,6 +487,7 @@ def frame(tokenizer, settings):
 # The usual names of the end of a text.
 ENDS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<|eot_id|>", "<|im_end|>", "<eos>")
 
+
 def encode(tokenizer, rows, max_length):
     """Token and segment ids, at most `max_length`; the longer sentence of a pair is cut first.
 

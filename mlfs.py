@@ -447,9 +447,6 @@ def whole_batch(x, y):
     return Batch(x, y, int((y != data.IGNORED).sum()), tokens)
 
 
-
-
-
 def importance(model, examples, hp):
     """|∂ℓ_task/∂ξ| of a gate ξ = 1 on each head and FFN neuron, summed over TRAIN batches: at most
     64, of at most 32 examples. As DynaBERT's (Hou et al., 2020), but on TRAIN; keys as `reorder`'s.

@@ -313,7 +313,6 @@ class SuperTransformer(nn.Module):
         return small
 
 
-
     @classmethod
     def complete(cls, config):
         """Fills in what a family's config.json leaves unsaid; ValueError for what we cannot do."""
@@ -893,9 +892,6 @@ def read_config(folder):
     return config
 
 
-
-
-
 def check(family, config, key, fits, rule):
     """ValueError unless the field's value fits; by the field's name in config.json."""
     if not fits:
@@ -1058,9 +1054,6 @@ def checkpoint_name(family, name):
     return ".".join(family.tensor_names.get(part, part) for part in name.split("."))
 
 
-
-
-
 def load_trained_state(model, state):
     """The inverse of `trained_state`, on a freshly loaded base model.
 
@@ -1110,8 +1103,6 @@ def initialise(model, seed=0):
 
 
 # -------------------------------------------------------------------------------------- saving
-
-
 
 
 @contextmanager
