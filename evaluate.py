@@ -152,8 +152,8 @@ def spearman(predictions, labels):
     return pearson(ranks(predictions), ranks(labels))
 
 
-OF_CLASSES = {"accuracy": accuracy, "f1": f1, "macro_f1": macro_f1, "matthews": matthews}
-OF_SCORES = {"pearson": pearson, "spearman": spearman}
+OF_CLASSES = {f.__name__: f for f in (accuracy, f1, macro_f1, matthews)}
+OF_SCORES = {f.__name__: f for f in (pearson, spearman)}
 METRICS = OF_CLASSES | OF_SCORES
 
 
@@ -287,29 +287,25 @@ def latency(model, space, batch_size=1, length=128, rounds=5, runs=4):
     """A row per subnet: how long a forward pass takes, in milliseconds; adapters merged before.
 
     "latency_ms" is the median of the stand-alone model (`extract`), "latency_ms_range" its 10% and
-    90% quantiles, "slice_ms" the same for the slice in place. Every round visits every subnet,
-    warms it up, and times both in turn, so that a drift of the machine hits all alike.
+    90% quantiles. Every round visits every subnet and warms it up, so that a drift of the machine
+    hits all alike.
     """
     device = next(model.parameters()).device
     ids = torch.ones(batch_size, length, dtype=torch.long, device=device)
-    rows = [{"latency_ms": [], "slice_ms": []} for _ in space]
+    times = [[] for _ in space]
     for _ in range(rounds):
-        for phi, row in zip(space, rows):
+        for phi, own in zip(space, times):
             small = model.extract(phi)                               # one copy at a time
-            ways = {"latency_ms": partial(small, ids), "slice_ms": partial(model, ids, None, phi)}
             for run in range(1 + runs):
-                for key, forward in ways.items():
-                    start = time.perf_counter()
-                    forward(features=())
-                    if device.type != "cpu":         # which has only been told what to do
-                        torch.accelerator.synchronize(device)
-                    if run > 0:                      # the first warms up
-                        row[key].append(1e3 * (time.perf_counter() - start))
-    for row in rows:
-        for key in list(row):
-            low, row[key], high = np.quantile(row[key], (0.1, 0.5, 0.9)).tolist()
-            row[key + "_range"] = [low, high]
-    return rows
+                start = time.perf_counter()
+                small(ids, features=())
+                if device.type != "cpu":             # which has only been told what to do
+                    torch.accelerator.synchronize(device)
+                if run > 0:                          # the first warms up
+                    own.append(1e3 * (time.perf_counter() - start))
+    quantiles = [np.quantile(own, (0.1, 0.5, 0.9)).tolist() for own in times]
+    return [{"latency_ms": median, "latency_ms_range": [low, high]}
+            for low, median, high in quantiles]
 
 
 def choose(rows, budget, metric):
@@ -352,11 +348,11 @@ COLUMNS = {                                          # of a row, with their head
     "name": "subnet", "heads": "heads", "intermediate_size": "FFN", "hidden_size": "hidden",
     "layers": "layers", "parameters": "parameters", "encoder_parameters": "encoder",
     "macs": "MACs per token", "size_mb": "on disk", "score": "score", "stderr": "± s.e.",
-    "latency_ms": "median ms [10%, 90%]", "slice_ms": "in place, ms",
+    "latency_ms": "median ms [10%, 90%]",
 }
 COSTS = {                                            # of these, what a subnet saves; its format
     "parameters": millions, "encoder_parameters": millions, "macs": millions,
-    "size_mb": "{:.1f} MB".format, "latency_ms": "{:.2f}".format, "slice_ms": "{:.2f}".format,
+    "size_mb": "{:.1f} MB".format, "latency_ms": "{:.2f}".format,
 }
 
 
@@ -1306,8 +1302,8 @@ def write_palette(folder, settings, task, rows, measured):
     write_text(Path(folder, "palette.md"), text)
 
 
-OPTIONAL = {"history": {str: float}, "latency_ms": float, "latency_ms_range": [float],
-            "slice_ms": float, "slice_ms_range": [float]}            # what a row may have as well
+OPTIONAL = {"history": {str: float}, "latency_ms": float,            # what a row may have as well
+            "latency_ms_range": [float]}
 
 
 def read_palette(folder):

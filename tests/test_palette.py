@@ -103,7 +103,7 @@ def test_measuring_writes_what_every_subnet_is_gives_and_costs(copy, capsys):
     for old, new in zip(before, after, strict=True):
         assert new["score"] == old["score"] and new["history"] == old["history"]
         low, high = new["latency_ms_range"]
-        assert 0 < low <= new["latency_ms"] <= high and new["slice_ms"] > 0
+        assert 0 < low <= new["latency_ms"] <= high
         assert new["size_mb"] == pytest.approx(4e-6 * new["parameters"])
     assert measured["dtype"] == "float32" and measured["length"] == 64  # the toy has 64 positions
     table = [line for line in printed.splitlines() if line.startswith("|")]
@@ -123,18 +123,18 @@ def test_a_part_of_the_palette_is_measured_beside_the_maxnet_and_not_written(cop
 
 def test_latency_visits_every_subnet_in_every_round_and_warms_up(tiny, monkeypatch):
     """A clock that the forward pass moves: 7 ms a layer in the first pass of a visit (warm-up),
-    then 2 ms, the slice in place 1 ms more; in the second round all takes twice as long.
+    then 2 ms; in the second round all takes twice as long.
     """
     clock, visits = [0.0], []
 
     def forward(self, ids, mask=None, phi=None, features=None):
         assert ids.shape == (3, 5) and features == ()
-        depth = len((phi or self.maxnet).layers)
+        depth = len(self.maxnet.layers)
         if not visits or visits[-1][0] != depth:
             visits.append((depth, []))
         passes = visits[-1][1]
-        passes.append("slice" if phi else "alone")
-        milliseconds = depth * (7 if len(passes) <= 2 else 2) + (1 if phi else 0)
+        passes.append("alone")
+        milliseconds = depth * (7 if len(passes) <= 1 else 2)
         clock[0] += 1e-3 * milliseconds * (1 if len(visits) <= 2 else 2)
 
     monkeypatch.setattr(SuperTransformer, "forward", forward)
@@ -142,10 +142,9 @@ def test_latency_visits_every_subnet_in_every_round_and_warms_up(tiny, monkeypat
     space = [tiny.maxnet, SubnetConfig(16, 2, 12, (1, 3))]
     rows = evaluate.latency(tiny, space, batch_size=3, length=5, rounds=2, runs=3)
     assert [depth for depth, _ in visits] == [4, 2, 4, 2]
-    assert all(passes == ["alone", "slice"] * 4 for _, passes in visits)
+    assert all(passes == ["alone"] * 4 for _, passes in visits)
     for depth, timed in zip((4, 2), rows):
         assert timed["latency_ms"] == pytest.approx(1.5 * 2 * depth)  # half the runs at each speed
-        assert timed["slice_ms"] == pytest.approx(1.5 * (2 * depth + 1))
         assert timed["latency_ms_range"] == pytest.approx([2 * depth, 4 * depth])
 
 
@@ -202,7 +201,7 @@ def test_the_latency_of_another_machine_answers_nothing(
 ):
     """Where the processor's name is the same for all of ARM's or Apple's, part and host count."""
     calls = []
-    timed = {"latency_ms": 5.0, "latency_ms_range": [4.0, 6.0], "slice_ms": 6.0}
+    timed = {"latency_ms": 5.0, "latency_ms_range": [4.0, 6.0]}
     monkeypatch.setattr(
         evaluate, "latency", lambda model, space, *_: calls.append(1) or [timed for _ in space]
     )
@@ -292,7 +291,6 @@ def test_a_latency_budget_is_measured_here_once(copy, capsys, monkeypatch):
     """Latency measured elsewhere, or of other weights, says nothing; measured here, it is kept."""
     calls = []
     timed = {"latency_ms": 5.0, "latency_ms_range": [4.0, 6.0]}
-    timed |= {"slice_ms": 6.0, "slice_ms_range": [5.0, 7.0]}
     monkeypatch.setattr(
         evaluate, "latency", lambda model, space, *_: calls.append(1) or [timed for _ in space]
     )

@@ -305,7 +305,6 @@ def make_source(folder: Path) -> None:
     rows = settings["space"]
     rows = [row | {"score": 0.9, "stderr": 0.01, "accuracy": 0.9} for row in rows]
     times = {"latency_ms": 1.0, "latency_ms_range": [0.9, 1.2]}
-    times |= {"slice_ms": 1.1, "slice_ms_range": [1.0, 1.3]}
     rows = [row | times | {"history": {"stage 1": 0.9}} for row in rows]
     measured = {"device": "a", "threads": 1, "dtype": "float32", "batch_size": 1, "length": 8}
     measured |= {"torch": "2", "adapters": "0"}
