@@ -232,8 +232,7 @@ def cell(record, column):
     if column not in record and EXPORTED.get(column) in record:
         column = EXPORTED[column]
     if column not in record:
-        raise ValueError(f"there is no column {column!r}; the header has "
-                         f"{', '.join(record)[:200]}")
+        raise ValueError(f"there is no column {column!r}; the header has {str([*record])[:200]}")
     value = record[column]
     if isinstance(value, (dict, list)):
         raise ValueError(f"column {column!r} holds neither text nor a number")
@@ -853,6 +852,7 @@ def sha256(paths):
     """The digest, in hexadecimal, of files in a row; FileNotFoundError names a missing one."""
     digest = hashlib.sha256()
     for path in paths:
+        refuse_pointer(path)
         with open(path, "rb") as file:
             hashlib.file_digest(file, lambda: digest)            # one digest goes on over all files
     return digest.hexdigest()

@@ -888,6 +888,7 @@ def prepare(args, given):
     folder = args.out or Path("runs", "toy" if name == base == "toy" else f"{name}-{base}")
     if args.resume:
         row = evaluate.in_order(row, folder)
+    digest = evaluate.base_digest(model_folder)
     model = load_model(row, model_folder, hp, args.device)
     hp = fit_settings(hp, given, model, model_folder)
     space = choose_space(hp, given, model, model_folder)
@@ -898,8 +899,7 @@ def prepare(args, given):
     splits = {split: data.draw(part, hp.dev_examples) for split, part in splits.items()}
     settings = {
         "task": name, "row": row._asdict(), "note": note,
-        "base": evaluate.located(model_folder, folder)
-        | {"sha256": evaluate.base_digest(model_folder)},
+        "base": evaluate.located(model_folder, folder) | {"sha256": digest},
         "data": evaluate.located(data_folder, folder)
         | describe_data(rows, {"train": train, "held_out": held_out} | splits),
         "hyper_parameters": dataclasses.asdict(hp),

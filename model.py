@@ -932,7 +932,10 @@ def checkpoint_files(folder):
         if not isinstance(places, dict):
             raise ValueError(f"{index}: weight_map must name files")
         # Beside the index, whatever it says: no file elsewhere on this machine is read.
-        return sorted({folder / Path(str(place)).name for place in places.values()})
+        names = set(map(str, places.values()))
+        if odd := names - {path.name for path in folder.iterdir()}:
+            raise ValueError(f"{index} names {short(min(odd))}, which is not beside it")
+        return [folder / name for name in sorted(names)]
     # A pickle (pytorch_model.bin) is never read, for that can run code.
     raise FileNotFoundError(f"there is no {whole}; weights/README.md tells how to get one, or to "
                             f"convert a pickle (.bin, .pt)")
@@ -945,12 +948,7 @@ def read_checkpoint(folder):
             with safe_open(path, framework="pt") as file:
                 yield from [(name, file.get_tensor(name)) for name in file.keys()]
         except (SafetensorError, OSError) as error:
-            what = "is damaged or cut short"
-            if not path.exists():
-                what = "is not there, but in the index"
-            elif path.stat().st_size < 1024 and b"git-lfs" in path.read_bytes():
-                what = "is a Git LFS pointer; git lfs pull fetches the file"
-            raise ValueError(f"{path} {what}: {str(error)[:200]}") from None
+            raise ValueError(f"{path} is damaged or cut short: {str(error)[:200]}") from None
 
 
 def load_pretrained(folder, num_labels=None, dtype=None, labels=()):

@@ -415,15 +415,14 @@ def test_a_tied_pair_may_be_stored_under_either_name(layout, tmp_path):
 def test_a_missing_shard_and_an_index_that_leaves_its_folder_are_refused(tmp_path):
     folder = copied(tmp_path, "llama-mqa")
     (folder / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(ValueError, match="00002-of-00002.safetensors is not there, but"):
+    with pytest.raises(ValueError, match="names 'model-00002-of-00002.safetensors', which is not"):
         load_pretrained(folder)
     index = folder / "model.safetensors.index.json"
     whole = REFERENCE / "llama-mha" / "model.safetensors"
     (tmp_path.parent / "x.safetensors").write_bytes(whole.read_bytes())
     for place in ("../x.safetensors", str(whole), "1"):
-        name = Path(place).name
         index.write_text(json.dumps({"weight_map": {"a": place}}))
-        with pytest.raises(ValueError, match=f"{folder / name} is not there, but in the index"):
+        with pytest.raises(ValueError, match="json names .*, which is not beside it"):
             load_pretrained(folder)
     for weight_map in ([], None):
         index.write_text(json.dumps({"weight_map": weight_map}))
@@ -521,7 +520,7 @@ CODE = b'{"content": "x = 1"}\n'
         ("a.jsonl", b'{"content": [3]}\n', "line 1: column"),
         ("a.jsonl", b"[1]\n", "line 1: this is no JSON object"),
         ("a.jsonl", b"\xff\n", "line 1: 'utf-8' codec"),
-        ("a.jsonl.gz", gzip.compress(CODE * 99, mtime=0)[:-9], "line 99: Compressed"),
+        ("a.jsonl.gz", gzip.compress(CODE * 99, mtime=0)[:-9], "Compressed file ended"),
         ("a.py", b"x = 1\n", "has 1 different texts; at least 2 are needed"),
     ],
 )
