@@ -96,10 +96,6 @@ class Rows(NamedTuple):
     labels: np.ndarray | None
     skipped: dict[str, int] = {}
 
-    def take(self, numbers):
-        labels = None if self.labels is None else self.labels[numbers]
-        return Rows([self.texts[i] for i in numbers], labels, self.skipped)
-
 
 def load_task(row, folder, train=True):
     """The labelled splits of a Task: train (if wanted), dev and, for MNLI, dev_mismatched.
@@ -286,7 +282,16 @@ def divide(rows, parts, where):
     numbers = {"train": [], "dev": []}
     for i in order:
         numbers["dev" if rows.texts[i] in drawn else "train"].append(i)
-    return {split: rows.take(part) for split, part in numbers.items()}
+    return {split: take(rows, part) for split, part in numbers.items()}
+
+
+def take(split, numbers):
+    """These rows of a split, as text or tokenised."""
+    def part(field):
+        if isinstance(field, list):
+            return [field[i] for i in numbers]
+        return field[numbers] if isinstance(field, np.ndarray) else field
+    return type(split)(*map(part, split))
 
 
 def fingerprint(rows):
@@ -370,12 +375,6 @@ class Examples(NamedTuple):
     ids: list[np.ndarray]
     segments: list[np.ndarray] | None
     labels: np.ndarray | None
-
-    def take(self, rows):
-        ids = [self.ids[i] for i in rows]
-        segments = self.segments and [self.segments[i] for i in rows]
-        labels = None if self.labels is None else self.labels[rows]
-        return Examples(ids, segments, labels)
 
 
 # What a checkpoint folder may hold beside config.json and the weights.
@@ -574,13 +573,13 @@ def hold_out(examples, seed, most=0):
     order = np.random.default_rng(seed).permutation(len(examples.ids))[:most + most // 19]
     size = min(512, len(order) // 20)
     train = order[size:size + most]
-    return examples.take(np.sort(train)), examples.take(np.sort(order[:size]))
+    return take(examples, np.sort(train)), take(examples, np.sort(order[:size]))
 
 
 def draw(examples, most):
     """At most so many examples (0: all), the same ones every time."""
     order = np.random.default_rng(0).permutation(len(examples.ids))
-    return examples.take(np.sort(order[:most or None]))
+    return take(examples, np.sort(order[:most or None]))
 
 
 def batches(examples, batch_size, seed=None, device="cpu"):
@@ -592,7 +591,7 @@ def batches(examples, batch_size, seed=None, device="cpu"):
     """
     lengths = np.array([len(ids) for ids in examples.ids])
     for rows in batch_rows(lengths, batch_size, seed):
-        part = examples.take(rows)
+        part = take(examples, rows)
         mask = pad([np.ones_like(ids) for ids in part.ids])
         x = {"ids": pad(part.ids), "mask": mask}
         if part.segments:

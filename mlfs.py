@@ -463,7 +463,7 @@ def importance(model, examples, hp):
     scores = dict.fromkeys(readers, 0.0)
     size = min(32, hp.batch_size)
     rows = np.random.default_rng(hp.seed).permutation(len(examples.ids))[:64 * size]
-    for x, y in data.batches(examples.take(rows), size, seed=hp.seed, device=device):
+    for x, y in data.batches(data.take(examples, rows), size, seed=hp.seed, device=device):
         last, _ = model.encode(**x, phi=model.maxnet)
         # α = 0: ℓ_task alone, and the second `last` is not read.
         loss = output_loss(model, last, last, whole_batch(x, y), 0.0, hp)

@@ -261,7 +261,7 @@ def gradients(name: str = "third/mlfs-seed0", batches: int = 20) -> None:
     drawn = np.random.default_rng(0).permutation(len(examples.ids))[:batches * hp.batch_size]
     U = mlfs.feature_projections(space[-1].layers, hp.d_low, space[0].hidden_size, hp.seed)
     norms: dict = {phi.name: {} for phi in space[1:]}
-    for x, y in data.batches(examples.take(drawn), hp.batch_size, seed=0):
+    for x, y in data.batches(data.take(examples, drawn), hp.batch_size, seed=0):
         batch = mlfs.whole_batch(x, y)
         with torch.no_grad():
             s_1, h_1 = model.encode(**x, phi=space[0], features=U)
