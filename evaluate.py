@@ -724,7 +724,8 @@ def estimate_pass_at_k(n, c, k):
 
 def judged_before(path, made):
     """The completions in a file; ValueError if they were made with other settings than these."""
-    path.touch()
+    if not path.exists():
+        return []
     # A crash may have cut the last line short.
     os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
     rows = read_lines(path, {"task_id": str, "sample": int, "passed": bool, "made": dict})
@@ -1576,8 +1577,7 @@ def print_palette(args, run):
     stored = read_palette(args.run)
     now = {"adapters": run.settings["adapters"], "dtype": args.dtype,
            "device": device_name(args.device), "threads": torch.get_num_threads(), "batch_size": 1,
-           "length": min(128, run.model.max_tokens),
-           "torch": torch.__version__}
+           "length": min(128, run.model.max_tokens), "torch": torch.__version__}
     rows = stored_rows(args, stored, now)
     where = conditions(stored["measured"] if rows else now)
     if not rows:
