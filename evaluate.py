@@ -75,15 +75,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from tokenizers import Tokenizer
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import data
@@ -91,7 +88,6 @@ from model import (
     Cache,
     Decoder,
     SubnetConfig,
-    SuperTransformer,
     checkpoint_files,
     common_heads,
     initialise,
@@ -611,7 +607,7 @@ Layers kept, from 0: {row['layers']}. Weights in {dtype}. {form}
 
 # --------------------------------------------------------- using a model, and generating text
 
-def answer(model, phi, tokenizer, task, text, max_length):
+def answer(model, tokenizer, task, text, max_length):
     """The label of a sentence and each class's probability, or a score; a pair has a tab between.
 
     ValueError unless there are as many sentences as the task takes.
@@ -619,10 +615,10 @@ def answer(model, phi, tokenizer, task, text, max_length):
     sentences = tuple(part.strip() for part in text.split("\t"))
     wanted = len(task.sentences) or 1
     if len(sentences) != wanted:
-        raise ValueError(f"{text[:80]!r} has {len(sentences)} parts separated by tabs; the task "
+        raise ValueError(f"{short(text)} has {len(sentences)} parts separated by tabs; the task "
                          f"takes {wanted}")
     rows = data.Rows([sentences], np.zeros(1, int))
-    (z,), _ = outputs(model, phi, data.encode(tokenizer, rows, max_length))  # (C,)
+    (z,), _ = outputs(model, model.maxnet, data.encode(tokenizer, rows, max_length))    # (C,)
     if not task.labels:
         return f"{z.item():.3f}"
     shares = z.softmax(-1).tolist()
@@ -663,24 +659,22 @@ def generate(model, tokenizer, prompts, max_new_tokens=256, temperature=0.0, top
 @torch.inference_mode()
 def extend(model, phi, encoded, most, next_tokens, has_ended):
     """The tokens, at most so many, that come after each row; ValueError if there is no room."""
-    lengths = [len(tokens) for tokens in encoded]
-    longest = max(lengths)
+    longest = max(map(len, encoded))
+    padding = [longest - len(tokens) for tokens in encoded]          # on the left
     room = model.max_tokens
     if longest >= room:
         raise ValueError(f"a prompt of {longest} tokens leaves no room in the model's {room} "
                          f"positions")
     total = min(longest + most, room)
     device = next(model.parameters()).device
-    ids = pad_sequence([torch.tensor(tokens) for tokens in encoded], batch_first=True,
-                       padding_side="left").to(device)               # (B, T)
-    padded = torch.tensor([[longest - n] for n in lengths], device=device)
-    mask = torch.arange(total, device=device) >= padded
-    unpadded = min(lengths) == longest                               # without a mask it is faster
+    ids = torch.tensor([[0] * n + tokens for n, tokens in zip(padding, encoded)],
+                       device=device)                                # (B, T)
+    mask = torch.arange(total, device=device) >= torch.tensor(padding, device=device)[:, None]
     cache = Cache(total)
     new = [[] for _ in encoded]
     running = range(len(encoded))
     for length in range(longest, total):
-        seen = None if unpadded else mask[:, :length]
+        seen = mask[:, :length] if any(padding) else None            # without a mask it is faster
         states, _ = model.encode(ids, seen, phi, cache)
         ids = next_tokens(model.logits(states[:, -1]))
         for row in running:
@@ -703,7 +697,7 @@ def sample(z, top_p, draws):
     """A token (B, 1) per row of logits z (B, V), among the likeliest whose probability is top_p."""
     p, order = z.softmax(-1).cpu().sort(descending=True)
     before = p.cumsum(-1) - p                        # 0 for the likeliest, which always stays
-    p = p.masked_fill(before >= top_p, 0.0)
+    p[before >= top_p] = 0.0
     places = [torch.multinomial(row, 1, generator=draw) for row, draw in zip(p, draws)]
     return order.gather(-1, torch.stack(places)).to(z.device)
 
@@ -801,13 +795,12 @@ def humaneval(model, tokenizer, problems, path, origin, samples=1, batch_size=16
 def pass_at_k(rows, tasks, samples):
     """Mean over the problems, from rows of {"task_id", "sample", "passed"}."""
     passed = Counter(row["task_id"] for row in rows if row["passed"] and row["sample"] < samples)
-    found = {}
-    for k in (1, 10, 100):
-        if k <= samples:
-            chances = [estimate_pass_at_k(samples, passed[task], k) for task in tasks]
-            found[f"pass@{k}"] = float(np.mean(chances))
-    ones = [passed[task] / samples for task in tasks]                # pass@1 of each problem
-    return found | {"stderr": float(np.std(ones) / np.sqrt(len(tasks)))}
+
+    def chances(k):
+        return [estimate_pass_at_k(samples, passed[task], k) for task in tasks]
+
+    found = {f"pass@{k}": float(np.mean(chances(k))) for k in (1, 10, 100) if k <= samples}
+    return found | {"stderr": float(np.std(chances(1)) / np.sqrt(len(tasks)))}
 
 
 # ------------------------------------------------------------------------------------ the judge
@@ -1099,8 +1092,7 @@ def naming(where):
     try:
         yield
     except ValueError as error:
-        what = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else error
-        raise ValueError(f"{where}: {what}") from None
+        raise ValueError(f"{where}: {error}") from None
 
 
 def check_form(value, form, name="object"):
@@ -1142,8 +1134,12 @@ def take_folder(folder, settings, resume, overwrite):
     other settings than it was started with.
     """
     if resume:
-        old, _ = read_run(folder)
-        check_settings(folder, old, settings)
+        old = read_run(folder)
+        before = lasting(old)
+        now = lasting(json.loads(json.dumps(settings)))              # tuples become lists
+        if differing := [name for name, value in now.items() if before.get(name) != value]:
+            raise ValueError(f"{folder} was started with another {', '.join(differing[:5])}; "
+                             f"--resume needs the same command")
         lock(folder)
         return old | {key: settings[key] for key in ("row", "base", "data")}    # where they are now
     if folder.exists() and not is_empty(folder) and not overwrite:
@@ -1156,15 +1152,6 @@ def take_folder(folder, settings, resume, overwrite):
             path.unlink()
     write_json(folder / "run.json", settings)
     return settings
-
-
-def check_settings(folder, old, settings):
-    """ValueError unless a resumed run has the settings that it was started with."""
-    before = lasting(old)
-    now = lasting(json.loads(json.dumps(settings)))                  # tuples become lists
-    if differing := [name for name, value in now.items() if before.get(name) != value]:
-        raise ValueError(f"{folder} was started with another {', '.join(differing[:5])}; --resume "
-                         f"needs the command it was started with")
 
 
 def lasting(run):
@@ -1189,7 +1176,6 @@ def lock(folder):
 
 def base_digest(folder):
     """sha256 of a base checkpoint: config.json, the weights, the tokenizer's files."""
-    folder = Path(folder)
     tokenizer = [folder / name for name in data.TOKENIZER_FILES if (folder / name).exists()]
     return data.sha256([folder / "config.json", *checkpoint_files(folder), *tokenizer])
 
@@ -1265,14 +1251,12 @@ def load_state(folder, model):
                 learned[rest] = t
             elif kind == "U":
                 U[int(rest)] = t
-            elif kind == "optimizer":
-                number, moment = rest.split(".")
-                moments.setdefault(int(number), {})[moment] = t
             else:
-                raise ValueError(f"there is a tensor {short(name)}")
+                number, moment = rest.split(".")     # of the optimizer
+                moments.setdefault(int(number), {})[moment] = t
         load_trained_state(model, learned)
     model.num_stages = position["stage"] + 1         # without adapters, nothing else tells
-    return {"stage": position["stage"], "step": position["step"], "moments": moments, "U": U}
+    return {key: position[key] for key in PLACE} | {"moments": moments, "U": U}
 
 
 def cut_log(path, state):
@@ -1307,17 +1291,17 @@ OPTIONAL = {"history": {str: float}, "latency_ms": float,            # what a ro
 
 
 def read_palette(folder):
-    """palette.json: "metric", "measured", "subnets"; nothing in them if there is no such file.
+    """palette.json: "measured" and "subnets"; nothing in them if there is no such file.
 
     ValueError if it lacks what `write_palette` writes. Earlier versions wrote a "sha256" as well.
     """
     path = Path(folder, "palette.json")
     if not path.exists():
-        return {"metric": "", "measured": {}, "subnets": []}
+        return {"measured": {}, "subnets": []}
     content = read_json(path)
     with naming(f"{path} was damaged or edited; delete it, and evaluate.py measures anew"):
         form = SIZES | {"score": float, "stderr": float}
-        check_form(content, {"metric": str, "measured": dict, "subnets": [form]})
+        check_form(content, {"measured": dict, "subnets": [form]})
         for row in content["subnets"]:
             check_form(row, {key: kind for key, kind in OPTIONAL.items() if key in row})
     return content
@@ -1362,23 +1346,23 @@ RUN = {                                              # what is read of run.json
 
 
 def read_run(folder):
-    """(run.json, 𝒜); ValueError if it lacks what a run writes."""
+    """run.json; ValueError if it lacks what a run writes."""
     path = Path(folder, "run.json")
     run = read_json(path)
     with naming(f"{path} is not one of ours, or was edited"):
         check_form(run, RUN)
         rank_metrics(task_of(run))
-    return run, [subnet(row) for row in run["space"]]
+    return run
 
 
 def task_of(run):
     """The task as it was when the run began: the order of its classes is what the model knows."""
-    return data.Task(*[run["row"][name] for name in data.Task._fields])
+    return data.Task(*[run["row"][name] for name in ROW])
 
 
 def in_order(row, folder):
     """A task whose classes have the order that the run in the folder knows them by."""
-    old = read_run(folder)[0]["row"]["labels"]
+    old = read_run(folder)["row"]["labels"]
     return row._replace(labels=tuple(old)) if set(old) == set(row.labels) else row
 
 
@@ -1401,22 +1385,21 @@ def load_run(folder, device="cpu", dtype=torch.float32, base=None):
     naming what is missing, damaged, or of another base.
     """
     folder = Path(folder)
-    run, space = read_run(folder)
-    base = base or find_again(run["base"], folder)
-    if not os.path.isdir(base):
-        raise FileNotFoundError(f"{folder / 'run.json'}: its base checkpoint {short(str(base))} is "
-                                f"not there; name its folder with --model")
-    path = folder / "adapters.safetensors"
-    state, origin = read_tensors(path)
+    run = read_run(folder)
+    space = [subnet(row) for row in run["space"]]
+    base = Path(base or find_again(run["base"], folder))
+    if not base.is_dir():
+        raise FileNotFoundError(f"{folder / 'run.json'}: its base checkpoint {base} is not there; "
+                                f"name its folder with --model")
+    state, origin = read_tensors(folder / "adapters.safetensors")
     if not base_digest(base) == run["base"]["sha256"] == origin.get("base"):
         raise ValueError(f"{base} is not the checkpoint that {folder} was trained on: sha256 "
                          f"differs")
     model = load_pretrained(base, max(1, len(run["row"]["labels"])), dtype)
     if run["hyper_parameters"]["init"] == "random":
         initialise(model, run["hyper_parameters"]["seed"])
-    with naming(path):
+    with naming(folder):
         load_trained_state(model, state)
-    with naming(folder / "run.json"):
         for phi in space:
             model.subnet_config(phi)                 # ValueError unless it is part of the maxnet
     run["base"]["folder"] = str(base)
@@ -1467,10 +1450,8 @@ class Parser(ArgumentParser):
     """One whose errors are a sentence, and whose help has lines of at most 100 characters."""
 
     def __init__(self, documentation):
-        description, _, epilog = documentation.partition("\n\n")
-        form = partial(RawDescriptionHelpFormatter, max_help_position=26, width=100)
-        super().__init__(usage="python %(prog)s [options]", description=description, epilog=epilog,
-                         formatter_class=form)
+        super().__init__(usage="python %(prog)s [options]", description=documentation,
+                         formatter_class=partial(RawDescriptionHelpFormatter, width=100))
         # A shell replaces ~ in `--out ~/x`, but not in `--out=~/x`.
         self.register("type", Path, lambda text: Path(os.path.expanduser(text)))
 
@@ -1521,7 +1502,7 @@ def check_options(args):
         raise ValueError("--top-p must be at most 1, --temperature 0 or at least 0.001")
     if args.humaneval and not args.allow_code_execution:
         raise ValueError("--humaneval runs programs that a model wrote, which may do harm; nothing "
-                         "was run: add --allow-code-execution if this machine may be exposed to it")
+                         "was run: add --allow-code-execution to allow that")
     if args.samples > 1 and args.temperature == 0:
         raise ValueError("--samples above 1 need a --temperature: greedy text is always the same")
     if (args.pad_heads or args.onnx) and not args.export:
@@ -1544,15 +1525,30 @@ def check_targets(args):
         require_package("--plot", "matplotlib")
 
 
-class Opened(NamedTuple):
-    """A run folder, as the options open it."""
-    folder: Path
-    settings: dict                                   # run.json
-    task: data.Task
-    model: SuperTransformer                          # adapters merged: what is shipped is measured
-    space: list[SubnetConfig]
-    subnets: list[SubnetConfig]                      # of these, what the command is about
-    tokenizer: Tokenizer
+class Opened:
+    """A run folder, as the options open it; ValueError if it lacks the subnets that they name."""
+
+    def __init__(self, args):
+        self.settings, model, self.space = load_run(args.run, check_device(args.device),
+                                                    getattr(torch, args.dtype), args.model)
+        names = [phi.name for phi in self.space]
+        choice = ", ".join(names)
+        asked = args.export[0] if args.export else args.subnets
+        wanted = names if asked is None else asked.split(",")
+        for name in wanted:
+            if name not in names:
+                raise ValueError(f"there is no subnet {name!r}; this palette has {choice}")
+        if args.predict is not None and len(wanted) > 1:
+            raise ValueError(f"--predict needs one --subnet NAME out of {choice}")
+        # What the command is about.
+        self.subnets = [phi for phi in self.space if phi.name in wanted]
+        # What is shipped is measured: adapters merged.
+        self.model = model.extract(model.maxnet)
+        self.task = task_of(self.settings)
+        self.tokenizer = data.load_tokenizer(self.settings["base"]["folder"],
+                                             model.config["vocab_size"])
+        if self.settings["note"]:
+            print(self.settings["note"], file=sys.stderr)
 
 
 def main(argv=None):
@@ -1560,45 +1556,24 @@ def main(argv=None):
     problems = args.humaneval and read_lines(args.humaneval, PROBLEM)
     if problems == []:
         raise ValueError(f"{args.humaneval} has no problems")
-    run = open_run(args)
+    run = Opened(args)
     if problems:
         print_humaneval(args, run, problems)
-        return 0
-    if args.predict is not None:
+    elif args.predict is not None:
         print_predictions(args, run)
-        return 0
-    return print_palette(args, run)
-
-
-def open_run(args):
-    """Loads the run, and finds the subnets that the options name; ValueError if it has them not."""
-    settings, model, space = load_run(args.run, check_device(args.device),
-                                      getattr(torch, args.dtype), args.model)
-    names = [phi.name for phi in space]
-    asked = args.export[0] if args.export else args.subnets
-    wanted = names if asked is None else asked.split(",")
-    for name in wanted:
-        if name not in names:
-            raise ValueError(f"there is no subnet {name!r}; this palette has {', '.join(names)}")
-    if args.predict is not None and len(wanted) > 1:
-        raise ValueError(f"--predict needs one --subnet NAME out of {', '.join(names)}")
-    subnets = [phi for phi in space if phi.name in wanted]
-    if settings["note"]:
-        print(settings["note"], file=sys.stderr)
-    tokenizer = data.load_tokenizer(settings["base"]["folder"], model.config["vocab_size"])
-    return Opened(args.run, settings, task_of(settings), model.extract(model.maxnet), space,
-                  subnets, tokenizer)
+    else:
+        return print_palette(args, run)
+    return 0
 
 
 def print_palette(args, run):
     """What is asked for, from palette.json if it has that, otherwise measured and printed first."""
     metric = run.task.metrics[0]
     heading = title(run.settings, metric)
-    stored = read_palette(run.folder)
+    stored = read_palette(args.run)
     now = {"adapters": run.settings["adapters"], "dtype": args.dtype,
            "device": device_name(args.device), "threads": torch.get_num_threads(), "batch_size": 1,
-           "length": min(128, run.model.max_tokens),
-           "torch": torch.__version__}
+           "length": min(128, run.model.max_tokens), "torch": torch.__version__}
     rows = stored_rows(args, stored, now)
     where = conditions(stored["measured"] if rows else now)
     if not rows:
@@ -1606,7 +1581,7 @@ def print_palette(args, run):
         print(heading, table(rows, COLUMNS, metric), where, sep="\n\n", flush=True)
         try:
             if len(rows) == len(run.space):          # a part replaces no whole palette
-                write_palette(run.folder, run.settings, run.task, rows, now)
+                write_palette(args.run, run.settings, run.task, rows, now)
         except OSError as error:                     # the answer is given all the same
             print(f"warning: the palette could not be stored: {error}", file=sys.stderr)
     names = [phi.name for phi in run.subnets]
@@ -1622,12 +1597,11 @@ def stored_rows(args, stored, now):
     """The rows of palette.json, if they answer what is asked; otherwise none."""
     if args.data_dir or not (args.plot or args.export or args.budget):
         return []
-    # Scores depend on both. An export's card says in which dtype they were measured.
-    wanted = {key: now[key] for key in ("adapters", "dtype")}
-    if args.export:
-        del wanted["dtype"]
-    if args.plot or args.max_latency_ms:
-        wanted = now
+    wanted = now
+    if not (args.plot or args.max_latency_ms):
+        # Scores depend on both. An export's card says in which dtype they were measured.
+        keys = ["adapters"] if args.export else ["adapters", "dtype"]
+        wanted = {key: now[key] for key in keys}
     return stored["subnets"] if wanted.items() <= stored["measured"].items() else []
 
 
@@ -1637,12 +1611,12 @@ def measured_rows(args, run, stored, now):
     The scores of earlier moments are those of the stored palette.
     """
     hp = run.settings["hyper_parameters"]
-    place = args.data_dir or find_again(run.settings["data"], run.folder)
+    place = args.data_dir or find_again(run.settings["data"], args.run)
     splits = {}
     for name, texts in data.load_task(run.task, place, train=False).items():
         if data.fingerprint(texts) != run.settings["data"]["sha256"].get(name):
             raise ValueError(f"{place}: these {len(texts.texts):,} {name} examples are not those "
-                             f"of {run.folder}; that is other data")
+                             f"of {args.run}")
         examples = data.encode(run.tokenizer, texts, hp["max_length"])
         splits[name] = data.draw(examples, hp["dev_examples"])
     space = [phi for phi in run.space if phi == run.space[0] or phi in run.subnets]
@@ -1682,7 +1656,7 @@ def print_predictions(args, run):
                 report = text + generate(small, run.tokenizer, [text], args.max_new_tokens,
                                          args.temperature, args.top_p)[0]
             else:
-                report = answer(small, small.maxnet, run.tokenizer, run.task, text,
+                report = answer(small, run.tokenizer, run.task, text,
                                 run.settings["hyper_parameters"]["max_length"])
         print(report, flush=True)
 
@@ -1709,14 +1683,14 @@ def print_choice(rows, budget, metric, where):
 def print_humaneval(args, run, problems):
     """A line per subnet; its completions go to humaneval-SUBNET.jsonl in the run folder."""
     if not isinstance(run.model, Decoder):
-        raise ValueError(f"{run.folder} is an encoder; --humaneval needs one that generates text")
+        raise ValueError(f"{args.run} is an encoder; --humaneval needs one that generates text")
     settings = {key: getattr(args, key) for key in ("max_new_tokens", "temperature", "top_p")}
-    origin = {"adapters": data.sha256([run.folder / "adapters.safetensors"]),
+    origin = {"adapters": data.sha256([args.run / "adapters.safetensors"]),
               "problems": data.sha256([args.humaneval]), "dtype": args.dtype}
     too_long = [problem["task_id"] for problem in problems
                 if len(run.tokenizer.encode(problem["prompt"]).ids) >= run.model.max_tokens]
     for phi in run.subnets:
-        path = run.folder / f"humaneval-{phi.name}.jsonl"
+        path = args.run / f"humaneval-{phi.name}.jsonl"
         found = humaneval(run.model.extract(phi), run.tokenizer, problems, path, origin,
                           args.samples, args.batch_size, too_long, **settings)
         unjudged = path.read_text().count('"failed: PicklingError"')

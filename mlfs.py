@@ -1005,7 +1005,7 @@ def parse_arguments(argv):
       --regression          labels are scores, not classes
       --dev FILE            default: a tenth of --train
     """
-    # --help ends with the lines above. The hyper-parameters, of which those that are given are
+    # --help starts with the docstrings. The hyper-parameters, of which those that are given are
     # returned beside the options, have theirs from the comments at their lines.
     manual = inspect.cleandoc(parse_arguments.__doc__)
     parser = evaluate.Parser(f"{__doc__}\n{manual}")

@@ -267,7 +267,7 @@ def test_a_run_on_a_file_can_be_moved_with_its_base_and_data(tmp_path, capsys, m
     table.write_text(table.read_text().replace("superb", "good"))
     with pytest.raises(ValueError, match="was started with another data;"):
         mlfs.main(moved)
-    with pytest.raises(ValueError, match="that is other data"):
+    with pytest.raises(ValueError, match="dev examples are not those of"):
         evaluate.main([str(tmp_path / "b" / "run")])
 
 
