@@ -97,6 +97,7 @@ from model import (
     initialise,
     load_pretrained,
     load_trained_state,
+    naming,
     pad_heads,
     read_json,
     replacing,
@@ -1095,16 +1096,6 @@ RUN_FILES = ("run.json", "log.jsonl", "palette.json", "palette.md", "adapters.sa
              "state.safetensors")
 PLACE = {"stage": int, "step": int}                  # in the log, and of a state
 LOCKS: list = []                                     # open files; the system frees them at the end
-
-
-@contextmanager
-def naming(where):
-    """Adds to a ValueError where the wrong content stands."""
-    try:
-        yield
-    except ValueError as error:
-        what = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else error
-        raise ValueError(f"{where}: {what}") from None
 
 
 def check_form(value, form, name="object"):

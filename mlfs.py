@@ -35,8 +35,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args, get_origin
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -114,11 +115,12 @@ class HyperParameters:
         check("max_length", self.max_length >= 4, "at least 4")
         for name, most in {"alpha": 1, "gamma": 10, "warmup": 0.99, "seed": 2 ** 32 - 1}.items():
             check(name, 0 <= getattr(self, name) <= most, f"in [0, {most}]")
+        for field in dataclasses.fields(self):
+            if isinstance(field.default, str):
+                choices = get_args(field.type)
+                check(field.name, getattr(self, field.name) in choices, " or ".join(choices))
         check("learning_rate", self.learning_rate > 0, "above 0")
         check("epochs", len(self.epochs) == 3 and min(self.epochs) >= 0, "three numbers from 0 on")
-        for field in dataclasses.fields(self):
-            if choices := choices_of(field):
-                check(field.name, getattr(self, field.name) in choices, " or ".join(choices))
         if self.adapters == "full":
             check("dtype", self.dtype != "bfloat16", "auto or float32 with --adapters full")
             check("teacher", self.teacher == "maxnet", "maxnet with --adapters full")
@@ -518,8 +520,13 @@ def update(optimizer, losses, hp, state, step, steps):
     # Eq. 6 over all processes (ours); nothing to do where there is one.
     add_up([p.grad for p in trained if p.grad is not None] + [*losses.values()])
     norm = torch.nn.utils.clip_grad_norm_(trained, hp.clip or math.inf)
+    # One transfer from the device for all losses.
+    values = dict(zip(losses, torch.stack(list(losses.values())).tolist()))
     # Before the step: one value that is not a number would spoil all adapters.
-    values = finite_losses(state.stage, step, losses, norm)
+    if not all(map(math.isfinite, (*values.values(), norm))):
+        raise ValueError(f"stage {state.stage}, step {step}: the losses are {values}, the norm of "
+                         f"Eq. 6's gradient is {norm:g}; no weight was changed. Try a lower "
+                         f"--learning-rate, or a --clip above 0")
     rate = learning_rate(hp, step, steps)
     optimizer.param_groups[0]["lr"] = rate
     optimizer.step()
@@ -544,18 +551,6 @@ def learning_rate(hp, step, steps):
     rising = max(1, round(hp.warmup * steps))
     falling = max(1, steps - rising + 1)
     return hp.learning_rate * min(step / rising, (steps - step + 1) / falling)
-
-
-def finite_losses(stage, step, losses, norm):
-    """The losses as floats. ValueError tells all of them should one, or Eq. 6's norm, be infinite
-    or not a number."""
-    # One transfer from the device for all of them.
-    values = dict(zip(losses, torch.stack(list(losses.values())).tolist()))
-    if not all(map(math.isfinite, (*values.values(), norm))):
-        raise ValueError(f"stage {stage}, step {step}: the losses are {values}, the norm of Eq. "
-                         f"6's gradient is {norm:g}; no weight was changed. Try a lower "
-                         f"--learning-rate, or a --clip above 0")
-    return values
 
 
 # ------------------------------------------------------------------------------ several processes
@@ -866,8 +861,7 @@ def fit_settings(hp, given, model, folder):
                          f"{folder} untrained; give stage 0 an epoch")
     # Of 2 heads there is no share of 0.75: the palette goes without, unless it was asked for.
     heads = model.config["num_attention_heads"] // model.head_group
-    possible = tuple(share for share in hp.widths if share * heads % 1 == 0)
-    widths = hp.widths if "widths" in given else possible
+    widths = tuple(share for share in hp.widths if "widths" in given or share * heads % 1 == 0)
     return dataclasses.replace(hp, max_length=min(hp.max_length, model.max_tokens), widths=widths)
 
 
@@ -883,7 +877,7 @@ def prepare(args, given):
     if note:                                     # the toy takes no options meant for BERT-base
         given = {key: value for key, value in given.items() if key not in MODEL_OPTIONS}
     defaults = {} if args.train else TASK_SETTINGS.get(name, {})
-    hp = HyperParameters(**{**defaults, **given})
+    hp = HyperParameters(**(defaults | given))
     base = model_folder.resolve().name
     folder = args.out or Path("runs", "toy" if name == base == "toy" else f"{name}-{base}")
     if args.resume:
@@ -901,7 +895,7 @@ def prepare(args, given):
         "base": evaluate.located(model_folder, folder)
         | {"sha256": evaluate.base_digest(model_folder)},
         "data": evaluate.located(data_folder, folder)
-        | describe_data(rows, {"train": train, "held_out": held_out} | splits),
+        | describe_data(row, rows, {"train": train, "held_out": held_out} | splits),
         "hyper_parameters": dataclasses.asdict(hp),
         "space": [evaluate.describe(model, phi) for phi in space],
         "device": args.device, "dtype": str(pick_dtype(hp, args.device)).removeprefix("torch."),
@@ -914,13 +908,13 @@ def prepare(args, given):
     return run, claim_folder(run, args)
 
 
-def describe_data(rows, splits):
+def describe_data(row, rows, splits):
     """For run.json: how many examples, how many were skipped, and what tells them from others."""
     found = {"skipped": {split: part.skipped for split, part in rows.items() if part.skipped},
              "sha256": {split: data.fingerprint(part) for split, part in rows.items()}}
     found |= {split: len(part.ids) for split, part in splits.items()}
-    labels = splits["dev"].labels
-    if labels is not None and labels.dtype == np.int64:
+    if row.labels:
+        labels = splits["dev"].labels
         found["largest_class"] = float(np.bincount(labels).max() / len(labels))
     return found
 
@@ -1009,17 +1003,16 @@ def parse_arguments(argv):
     # returned beside the options, have theirs from the comments at their lines.
     manual = inspect.cleandoc(parse_arguments.__doc__)
     parser = evaluate.Parser(f"{__doc__}\n{manual}")
-    hidden = {"help": argparse.SUPPRESS}
+    add = partial(parser.add_argument, help=argparse.SUPPRESS)
     for path in ("--model", "--data-dir", "--out", "--train", "--dev"):
-        parser.add_argument(path, type=Path, **hidden)
+        add(path, type=Path)
     for name in ("--task", "--metric", "--text", "--label"):
-        parser.add_argument(name, **hidden)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", default=device, **hidden)
-    parser.add_argument("--regression", action="store_true", **hidden)
+        add(name)
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--regression", action="store_true")
     one_of = parser.add_mutually_exclusive_group()
     for switch in ("--resume", "--overwrite"):
-        one_of.add_argument(switch, action="store_true", **hidden)
+        one_of.add_argument(switch, action="store_true", help=argparse.SUPPRESS)
     fields = {field.name: field for field in dataclasses.fields(HyperParameters)}
     for title, settings in settings_help().items():
         group = parser.add_argument_group(title)
@@ -1036,11 +1029,9 @@ def check_own(args):
     """ValueError unless the options of a task of one's own are there together."""
     needed = (args.train, args.text, args.label)
     if any((*needed, args.dev, args.regression)):
-        if not all(needed):
-            raise ValueError("--train FILE, --text COLUMN and --label COLUMN go together; --dev, "
-                             "--regression go with them")
-        if args.task or args.data_dir:
-            raise ValueError("--train FILE stands in place of --task and --data-dir")
+        if not all(needed) or args.task or args.data_dir:
+            raise ValueError("--train FILE, --text COLUMN and --label COLUMN go together, in place "
+                             "of --task and --data-dir; --dev, --regression go with them")
     elif args.task is None:
         args.task = "toy"
 
@@ -1060,22 +1051,18 @@ def settings_help():
     return found
 
 
-def choices_of(field):
-    return get_args(field.type) if get_origin(field.type) is Literal else None
-
-
 def add_setting(group, field, help):
     """A hyper-parameter as an option: --num-subnets 4, --widths 1,2/3, --reorder, --no-reorder."""
     default = field.default
+    options = {"type": type(default), "metavar": "N"}
     if isinstance(default, bool):
         options = {"action": argparse.BooleanOptionalAction}
+    elif isinstance(default, str):
+        options = {"choices": get_args(field.type)}
     elif isinstance(default, tuple):
         kind = type(default[0])
         options = {"type": lambda text: numbers(text, kind), "metavar": "A,B,C"}
         default = ",".join(f"{value:g}" for value in default)
-    else:
-        choices = choices_of(field)
-        options = {"type": type(default), "choices": choices, "metavar": None if choices else "N"}
     group.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS,
                        help=f"{help}; default {default}", **options)
 

@@ -486,8 +486,7 @@ class Bert(SuperTransformer):
     def read(cls, name, tensor, config):
         """A stored tensor under its one name: without "bert.", LayerNorm.weight, not gamma."""
         name = name.removeprefix(f"{cls.model_type}.")
-        name = name.replace("LayerNorm.gamma", "LayerNorm.weight")
-        name = name.replace("LayerNorm.beta", "LayerNorm.bias")
+        name = name.replace("Norm.gamma", "Norm.weight").replace("Norm.beta", "Norm.bias")
         return {} if cls.ignored.fullmatch(name) else {name: tensor}
 
     @classmethod
@@ -733,8 +732,7 @@ class GPT(Decoder):
         name = name.removeprefix("transformer.")
         if re.fullmatch(r"h\.\d+\.attn\.(masked_)?bias", name):      # buffers: the causal mask
             return {}
-        conv = re.search(r"(attn|c_proj|c_fc)\.weight$", name)
-        if conv and config["model_type"] == "gpt2" and tensor.dim() == 2:
+        if config["model_type"] == "gpt2" and name.startswith("h.") and tensor.dim() == 2:
             tensor = tensor.T                                        # Conv1D keeps (in, out)
         for module, parts in cls.fused.items():
             if f".attn.{module}." in name:
@@ -850,6 +848,16 @@ def short(value):
     return text if len(text) <= 80 else text[:77] + "..."
 
 
+@contextmanager
+def naming(where):
+    """Adds to a ValueError where the wrong content stands."""
+    try:
+        yield
+    except ValueError as error:
+        what = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else error
+        raise ValueError(f"{where}: {what}") from None
+
+
 def read_json(path):
     """A JSON object; FileNotFoundError or ValueError with the path and what is wrong."""
     try:
@@ -874,7 +882,7 @@ def read_config(folder):
     family = FAMILIES[kind]
     ours = {theirs: name for name, theirs in family.config_names.items()}
     config = family.defaults | {ours.get(key, key): value for key, value in given.items()}
-    try:
+    with naming(path):
         # First the numbers to compute with, then those that may have been filled in.
         for key in NEEDED:
             check_size(family, config, key)
@@ -887,8 +895,6 @@ def read_config(folder):
         for key in family.sizes:
             check_size(family, config, key)
         check_choices(family, config)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
     return config
 
 
@@ -945,12 +951,8 @@ def read_checkpoint(folder):
             with safe_open(path, framework="pt") as file:
                 yield from [(name, file.get_tensor(name)) for name in file.keys()]
         except (SafetensorError, OSError) as error:
-            what = "is damaged or cut short"
-            if not path.exists():
-                what = "is not there, but in the index"
-            elif path.stat().st_size < 1024 and b"git-lfs" in path.read_bytes():
-                what = "is a Git LFS pointer; git lfs pull fetches the file"
-            raise ValueError(f"{path} {what}: {str(error)[:200]}") from None
+            raise ValueError(f"{path} is missing, damaged or cut short: "
+                             f"{str(error)[:200]}") from None
 
 
 def load_pretrained(folder, num_labels=None, dtype=None, labels=()):
@@ -967,7 +969,7 @@ def load_pretrained(folder, num_labels=None, dtype=None, labels=()):
     config = read_config(folder)
     family = FAMILIES[config["model_type"]]
     tensors = list(read_checkpoint(folder))
-    try:
+    with naming(folder):
         stored, foreign = tensors_by_name(tensors, family, config)
         family.adopt(stored, config, num_labels)
         with torch.device("meta"):                   # shapes only: tensors are assigned, not copied
@@ -984,8 +986,6 @@ def load_pretrained(folder, num_labels=None, dtype=None, labels=()):
                              f"{config['model_type']} model")
         if stored:
             model.notes.append(f"left out, a foreign head: {sorted(stored)}")
-    except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from None
     model.load_state_dict(weights, assign=True)
     if labels and "classifier" not in model.drawn:
         order_classes(model, labels)
@@ -1059,7 +1059,7 @@ def load_trained_state(model, state):
 
     ValueError names the first tensor that does not fit.
     """
-    try:
+    with naming("the adapters do not fit this base model"):
         if any(name.startswith("order.") for name in state):
             model.permute(stored_order(model, state))
         first = f"layers.0.{model.adapted[0]}."
@@ -1072,8 +1072,6 @@ def load_trained_state(model, state):
             raise ValueError(f"tensor {short(min(odd))} is missing or extra")
         for name, tensor in own.items():
             tensor.copy_(fitted(name, state[name], tensor, None))
-    except ValueError as error:
-        raise ValueError(f"the adapters do not fit this base model: {error}") from None
 
 
 def stored_order(model, state):

@@ -415,7 +415,7 @@ def test_a_tied_pair_may_be_stored_under_either_name(layout, tmp_path):
 def test_a_missing_shard_and_an_index_that_leaves_its_folder_are_refused(tmp_path):
     folder = copied(tmp_path, "llama-mqa")
     (folder / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(ValueError, match="00002-of-00002.safetensors is not there, but"):
+    with pytest.raises(ValueError, match="00002-of-00002.safetensors is missing"):
         load_pretrained(folder)
     index = folder / "model.safetensors.index.json"
     whole = REFERENCE / "llama-mha" / "model.safetensors"
@@ -423,7 +423,7 @@ def test_a_missing_shard_and_an_index_that_leaves_its_folder_are_refused(tmp_pat
     for place in ("../x.safetensors", str(whole), "1"):
         name = Path(place).name
         index.write_text(json.dumps({"weight_map": {"a": place}}))
-        with pytest.raises(ValueError, match=f"{folder / name} is not there, but in the index"):
+        with pytest.raises(ValueError, match=f"{folder / name} is missing, .*: No such file"):
             load_pretrained(folder)
     for weight_map in ([], None):
         index.write_text(json.dumps({"weight_map": weight_map}))
