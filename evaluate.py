@@ -203,9 +203,8 @@ def standard_error(metric, predictions, labels):
 @torch.inference_mode()
 def outputs(model, phi, examples):
     """Logits (M, C) and labels (M,), shortest example first."""
-    device = next(model.parameters()).device
     parts = []
-    for x, y in data.batches(examples, 64, device=device):
+    for x, y in data.batches(examples, 64, device=model.device):
         parts.append((model(**x, phi=phi, features=())[0], y))
     return map(torch.cat, zip(*parts))
 
@@ -220,9 +219,8 @@ def predict(model, phi, examples):
 @torch.inference_mode()
 def next_token_losses(model, phi, examples):
     """Cross-entropy in nats per next token, mean over each window (M,)."""
-    device = next(model.parameters()).device
     means = []
-    for x, y in data.batches(examples, 8, device=device):
+    for x, y in data.batches(examples, 8, device=model.device):
         windows, _ = model.encode(**x, phi=phi)                                  # (B, T, H)
         for states, targets in zip(windows, y):     # one window's logits at a time
             z = model.logits(states)                                             # (T, V)
@@ -291,7 +289,7 @@ def latency(model, space, batch_size=1, length=128, rounds=5, runs=4):
     90% quantiles, "slice_ms" the same for the slice in place. Every round visits every subnet,
     warms it up, and times both in turn, so that a drift of the machine hits all alike.
     """
-    device = next(model.parameters()).device
+    device = model.device
     ids = torch.ones(batch_size, length, dtype=torch.long, device=device)
     rows = [{"latency_ms": [], "slice_ms": []} for _ in space]
     for _ in range(rounds):
@@ -675,7 +673,7 @@ def extend(model, phi, encoded, most, next_tokens, has_ended):
         raise ValueError(f"a prompt of {longest} tokens leaves no room in the model's {room} "
                          f"positions")
     total = min(longest + most, room)
-    device = next(model.parameters()).device
+    device = model.device
     ids = pad_sequence([torch.tensor(tokens) for tokens in encoded], batch_first=True,
                        padding_side="left").to(device)               # (B, T)
     padded = torch.tensor([[longest - n] for n in lengths], device=device)

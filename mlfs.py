@@ -108,17 +108,17 @@ class HyperParameters:
             if not holds:                            # not a number fails every comparison
                 raise ValueError(f"{name} must be {rule}, not {getattr(self, name)}")
 
-        for name in ("rank", "temperature", "d_low", "batch_size", "num_subnets"):
-            check(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("beta", "clip", "train_examples", "dev_examples", "validate_every"):
-            check(name, getattr(self, name) >= 0, "at least 0")
-        check("max_length", self.max_length >= 4, "at least 4")
-        for name, most in {"alpha": 1, "gamma": 10, "warmup": 0.99, "seed": 2 ** 32 - 1}.items():
-            check(name, 0 <= getattr(self, name) <= most, f"in [0, {most}]")
-        for field in dataclasses.fields(self):
-            if isinstance(field.default, str):
-                choices = get_args(field.type)
-                check(field.name, getattr(self, field.name) in choices, " or ".join(choices))
+        least = {"rank": 1, "temperature": 1, "d_low": 1, "num_subnets": 1, "batch_size": 1,
+                 "max_length": 4}                    # of all other numbers: 0
+        most = {"alpha": 1, "gamma": 10, "warmup": 0.99, "seed": 2 ** 32 - 1}
+        for name, value in vars(self).items():
+            if isinstance(value, str):
+                choices = get_args(self.__annotations__[name])
+                check(name, value in choices, " or ".join(choices))
+            elif name in most:
+                check(name, 0 <= value <= most[name], f"in [0, {most[name]}]")
+            elif not isinstance(value, tuple):
+                check(name, value >= least.get(name, 0), f"at least {least.get(name, 0)}")
         check("learning_rate", self.learning_rate > 0, "above 0")
         check("epochs", len(self.epochs) == 3 and min(self.epochs) >= 0, "three numbers from 0 on")
         if self.adapters == "full":
@@ -326,16 +326,14 @@ class State:
     U: dict[int, Tensor] = dataclasses.field(default_factory=dict)   # empty: to be drawn
 
 
-@dataclass(frozen=True)
-class StageBegins:
+class StageBegins(NamedTuple):
     """A stage begins, or goes on after `step` of its `steps` iterations."""
     stage: int
     step: int
     steps: int
 
 
-@dataclass(frozen=True)
-class Updated:
+class Updated(NamedTuple):
     """Line 15 was done for the step-th time; losses by subnet, Eq. 6's norm before clipping."""
     stage: int
     step: int
@@ -359,14 +357,13 @@ def mlfs(model, examples, space, hp, state=None):
     """
     state = state or State()
     maxnet = space[0]
-    device = next(model.parameters()).device
     for stage in range(state.stage, 3):                                                        # 1
         optimizer, teacher = begin_stage(model, examples, space, hp, state, stage)             # 2
         # It depends on Φ alone: counted once a stage.
         n = {phi: model.num_trainable(phi) for phi in space}                                   # 9
         steps = hp.epochs[stage] * math.ceil(len(examples.ids) / hp.batch_size)
         yield StageBegins(stage, state.step, steps)
-        for step, batch in mini_batches(examples, hp, stage, state.step, device):              # 3,4
+        for step, batch in mini_batches(examples, hp, stage, state.step, model.device):        # 3,4
             losses = {}
             # The same seed, stage and step draw the same subnets, also in a run that was resumed.
             subnets = sample_sub_transformers(space, stage, hp.num_subnets,
@@ -411,8 +408,7 @@ def begin_stage(model, examples, space, hp, state, stage):
     # Drawn once: a run that goes on compares features by the same projections.
     if not state.U:
         state.U = feature_projections(space[-1].layers, hp.d_low, space[0].hidden_size, hp.seed)
-    device = next(model.parameters()).device
-    state.U = {l: u.to(device).requires_grad_(hp.learn_u) for l, u in state.U.items()}
+    state.U = {l: u.to(model.device).requires_grad_(hp.learn_u) for l, u in state.U.items()}
     state.stage = stage
     # In a run that goes on in mid-stage the adapters, already permuted, are there.
     if model.num_stages == stage:
@@ -453,7 +449,6 @@ def importance(model, examples, hp):
     """|∂ℓ_task/∂ξ| of a gate ξ = 1 on each head and FFN neuron, summed over TRAIN batches: at most
     64, of at most 32 examples. As DynaBERT's (Hou et al., 2020), but on TRAIN; keys as `reorder`'s.
     """
-    device = next(model.parameters()).device
     D = model.config["head_dim"]
     readers = {}                                     # the matrices whose input the gates scale
     for l, layer in enumerate(model.layers):
@@ -465,7 +460,7 @@ def importance(model, examples, hp):
     scores = dict.fromkeys(readers, 0.0)
     size = min(32, hp.batch_size)
     rows = np.random.default_rng(hp.seed).permutation(len(examples.ids))[:64 * size]
-    for x, y in data.batches(examples.take(rows), size, seed=hp.seed, device=device):
+    for x, y in data.batches(examples.take(rows), size, hp.seed, model.device):
         last, _ = model.encode(**x, phi=model.maxnet)
         # α = 0: ℓ_task alone, and the second `last` is not read.
         loss = output_loss(model, last, last, whole_batch(x, y), 0.0, hp)
@@ -604,7 +599,7 @@ def add_in_one_order(device):
 def stoppable():
     """Yields a list, to which SIGINT or SIGTERM adds its number; a second one stops at once (under
     torchrun it is ignored: a Ctrl-C comes twice there, and in the end SIGKILL)."""
-    stopped: list[int] = []
+    stopped = []
 
     def stop(number, frame):
         stopped.append(number)

@@ -42,9 +42,8 @@ class SubnetConfig:
     name: str = field(default="", compare=False)
 
     def __post_init__(self):
-        if not self.name:
-            sizes = f"h{self.hidden_size}-n{self.num_attention_heads}-f{self.intermediate_size}"
-            object.__setattr__(self, "name", f"{sizes}-d{len(self.layers)}")
+        sizes = f"h{self.hidden_size}-n{self.num_attention_heads}-f{self.intermediate_size}"
+        object.__setattr__(self, "name", self.name or f"{sizes}-d{len(self.layers)}")
 
 
 # --------------------------------------------------------------------------- the elastic parts
@@ -238,6 +237,10 @@ class SuperTransformer(nn.Module):
         """The longest input, in tokens."""
         return self.config["max_position_embeddings"] - self.first_position
 
+    @property
+    def device(self):
+        return next(self.parameters()).device
+
     def adapted_linears(self):
         return [getattr(layer, name) for layer in self.layers for name in self.adapted]
 
@@ -311,7 +314,6 @@ class SuperTransformer(nn.Module):
             state[name] = whole[corner].clone()
         small.load_state_dict(state, assign=True)
         return small
-
 
     @classmethod
     def complete(cls, config):
