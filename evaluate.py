@@ -93,6 +93,7 @@ from model import (
     initialise,
     load_pretrained,
     load_trained_state,
+    naming,
     pad_heads,
     read_json,
     replacing,
@@ -198,9 +199,8 @@ def standard_error(metric, predictions, labels):
 @torch.inference_mode()
 def outputs(model, phi, examples):
     """Logits (M, C) and labels (M,), shortest example first."""
-    device = next(model.parameters()).device
     parts = []
-    for x, y in data.batches(examples, 64, device=device):
+    for x, y in data.batches(examples, 64, device=model.device):
         parts.append((model(**x, phi=phi, features=())[0], y))
     return map(torch.cat, zip(*parts))
 
@@ -215,9 +215,8 @@ def predict(model, phi, examples):
 @torch.inference_mode()
 def next_token_losses(model, phi, examples):
     """Cross-entropy in nats per next token, mean over each window (M,)."""
-    device = next(model.parameters()).device
     means = []
-    for x, y in data.batches(examples, 8, device=device):
+    for x, y in data.batches(examples, 8, device=model.device):
         windows, _ = model.encode(**x, phi=phi)                                  # (B, T, H)
         for states, targets in zip(windows, y):     # one window's logits at a time
             z = model.logits(states)                                             # (T, V)
@@ -286,7 +285,7 @@ def latency(model, space, batch_size=1, length=128, rounds=5, runs=4):
     90% quantiles. Every round visits every subnet and warms it up, so that a drift of the machine
     hits all alike.
     """
-    device = next(model.parameters()).device
+    device = model.device
     ids = torch.ones(batch_size, length, dtype=torch.long, device=device)
     times = [[] for _ in space]
     for _ in range(rounds):
@@ -666,7 +665,7 @@ def extend(model, phi, encoded, most, next_tokens, has_ended):
         raise ValueError(f"a prompt of {longest} tokens leaves no room in the model's {room} "
                          f"positions")
     total = min(longest + most, room)
-    device = next(model.parameters()).device
+    device = model.device
     ids = torch.tensor([[0] * n + tokens for n, tokens in zip(padding, encoded)],
                        device=device)                                # (B, T)
     mask = torch.arange(total, device=device) >= torch.tensor(padding, device=device)[:, None]
@@ -1084,15 +1083,6 @@ RUN_FILES = ("run.json", "log.jsonl", "palette.json", "palette.md", "adapters.sa
              "state.safetensors")
 PLACE = {"stage": int, "step": int}                  # in the log, and of a state
 LOCKS: list = []                                     # open files; the system frees them at the end
-
-
-@contextmanager
-def naming(where):
-    """Adds to a ValueError where the wrong content stands."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
 
 
 def check_form(value, form, name="object"):

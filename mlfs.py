@@ -35,8 +35,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args, get_origin
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -107,18 +108,19 @@ class HyperParameters:
             if not holds:                            # not a number fails every comparison
                 raise ValueError(f"{name} must be {rule}, not {getattr(self, name)}")
 
-        for name in ("rank", "temperature", "d_low", "batch_size", "num_subnets"):
-            check(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("beta", "clip", "train_examples", "dev_examples", "validate_every"):
-            check(name, getattr(self, name) >= 0, "at least 0")
-        check("max_length", self.max_length >= 4, "at least 4")
-        for name, most in {"alpha": 1, "gamma": 10, "warmup": 0.99, "seed": 2 ** 32 - 1}.items():
-            check(name, 0 <= getattr(self, name) <= most, f"in [0, {most}]")
+        least = {"rank": 1, "temperature": 1, "d_low": 1, "num_subnets": 1, "batch_size": 1,
+                 "max_length": 4}                    # of all other numbers: 0
+        most = {"alpha": 1, "gamma": 10, "warmup": 0.99, "seed": 2 ** 32 - 1}
+        for name, value in vars(self).items():
+            if isinstance(value, str):
+                choices = get_args(self.__annotations__[name])
+                check(name, value in choices, " or ".join(choices))
+            elif name in most:
+                check(name, 0 <= value <= most[name], f"in [0, {most[name]}]")
+            elif not isinstance(value, tuple):
+                check(name, value >= least.get(name, 0), f"at least {least.get(name, 0)}")
         check("learning_rate", self.learning_rate > 0, "above 0")
         check("epochs", len(self.epochs) == 3 and min(self.epochs) >= 0, "three numbers from 0 on")
-        for field in dataclasses.fields(self):
-            if choices := choices_of(field):
-                check(field.name, getattr(self, field.name) in choices, " or ".join(choices))
         if self.adapters == "full":
             check("dtype", self.dtype != "bfloat16", "auto or float32 with --adapters full")
             check("teacher", self.teacher == "maxnet", "maxnet with --adapters full")
@@ -324,16 +326,14 @@ class State:
     U: dict[int, Tensor] = dataclasses.field(default_factory=dict)   # empty: to be drawn
 
 
-@dataclass(frozen=True)
-class StageBegins:
+class StageBegins(NamedTuple):
     """A stage begins, or goes on after `step` of its `steps` iterations."""
     stage: int
     step: int
     steps: int
 
 
-@dataclass(frozen=True)
-class Updated:
+class Updated(NamedTuple):
     """Line 15 was done for the step-th time; losses by subnet, Eq. 6's norm before clipping."""
     stage: int
     step: int
@@ -357,14 +357,13 @@ def mlfs(model, examples, space, hp, state=None):
     """
     state = state or State()
     maxnet = space[0]
-    device = next(model.parameters()).device
     for stage in range(state.stage, 3):                                                        # 1
         optimizer, teacher = begin_stage(model, examples, space, hp, state, stage)             # 2
         # It depends on Φ alone: counted once a stage.
         n = {phi: model.num_trainable(phi) for phi in space}                                   # 9
         steps = hp.epochs[stage] * math.ceil(len(examples.ids) / hp.batch_size)
         yield StageBegins(stage, state.step, steps)
-        for step, batch in mini_batches(examples, hp, stage, state.step, device):              # 3,4
+        for step, batch in mini_batches(examples, hp, stage, state.step, model.device):        # 3,4
             losses = {}
             # The same seed, stage and step draw the same subnets, also in a run that was resumed.
             subnets = sample_sub_transformers(space, stage, hp.num_subnets,
@@ -409,8 +408,7 @@ def begin_stage(model, examples, space, hp, state, stage):
     # Drawn once: a run that goes on compares features by the same projections.
     if not state.U:
         state.U = feature_projections(space[-1].layers, hp.d_low, space[0].hidden_size, hp.seed)
-    device = next(model.parameters()).device
-    state.U = {l: u.to(device).requires_grad_(hp.learn_u) for l, u in state.U.items()}
+    state.U = {l: u.to(model.device).requires_grad_(hp.learn_u) for l, u in state.U.items()}
     state.stage = stage
     # In a run that goes on in mid-stage the adapters, already permuted, are there.
     if model.num_stages == stage:
@@ -451,7 +449,6 @@ def importance(model, examples, hp):
     """|∂ℓ_task/∂ξ| of a gate ξ = 1 on each head and FFN neuron, summed over TRAIN batches: at most
     64, of at most 32 examples. As DynaBERT's (Hou et al., 2020), but on TRAIN; keys as `reorder`'s.
     """
-    device = next(model.parameters()).device
     D = model.config["head_dim"]
     readers = {}                                     # the matrices whose input the gates scale
     for l, layer in enumerate(model.layers):
@@ -463,7 +460,7 @@ def importance(model, examples, hp):
     scores = dict.fromkeys(readers, 0.0)
     size = min(32, hp.batch_size)
     rows = np.random.default_rng(hp.seed).permutation(len(examples.ids))[:64 * size]
-    for x, y in data.batches(data.take(examples, rows), size, seed=hp.seed, device=device):
+    for x, y in data.batches(data.take(examples, rows), size, hp.seed, model.device):
         last, _ = model.encode(**x, phi=model.maxnet)
         # α = 0: ℓ_task alone, and the second `last` is not read.
         loss = output_loss(model, last, last, whole_batch(x, y), 0.0, hp)
@@ -518,8 +515,13 @@ def update(optimizer, losses, hp, state, step, steps):
     # Eq. 6 over all processes (ours); nothing to do where there is one.
     add_up([p.grad for p in trained if p.grad is not None] + [*losses.values()])
     norm = torch.nn.utils.clip_grad_norm_(trained, hp.clip or math.inf)
+    # One transfer from the device for all losses.
+    values = dict(zip(losses, torch.stack(list(losses.values())).tolist()))
     # Before the step: one value that is not a number would spoil all adapters.
-    values = finite_losses(state.stage, step, losses, norm)
+    if not all(map(math.isfinite, (*values.values(), norm))):
+        raise ValueError(f"stage {state.stage}, step {step}: the losses are {values}, the norm of "
+                         f"Eq. 6's gradient is {norm:g}; no weight was changed. Try a lower "
+                         f"--learning-rate, or a --clip above 0")
     rate = learning_rate(hp, step, steps)
     optimizer.param_groups[0]["lr"] = rate
     optimizer.step()
@@ -544,18 +546,6 @@ def learning_rate(hp, step, steps):
     rising = max(1, round(hp.warmup * steps))
     falling = max(1, steps - rising + 1)
     return hp.learning_rate * min(step / rising, (steps - step + 1) / falling)
-
-
-def finite_losses(stage, step, losses, norm):
-    """The losses as floats. ValueError tells all of them should one, or Eq. 6's norm, be infinite
-    or not a number."""
-    # One transfer from the device for all of them.
-    values = dict(zip(losses, torch.stack(list(losses.values())).tolist()))
-    if not all(map(math.isfinite, (*values.values(), norm))):
-        raise ValueError(f"stage {stage}, step {step}: the losses are {values}, the norm of Eq. "
-                         f"6's gradient is {norm:g}; no weight was changed. Try a lower "
-                         f"--learning-rate, or a --clip above 0")
-    return values
 
 
 # ------------------------------------------------------------------------------ several processes
@@ -609,7 +599,7 @@ def add_in_one_order(device):
 def stoppable():
     """Yields a list, to which SIGINT or SIGTERM adds its number; a second one stops at once (under
     torchrun it is ignored: a Ctrl-C comes twice there, and in the end SIGKILL)."""
-    stopped: list[int] = []
+    stopped = []
 
     def stop(number, frame):
         stopped.append(number)
@@ -866,8 +856,7 @@ def fit_settings(hp, given, model, folder):
                          f"{folder} untrained; give stage 0 an epoch")
     # Of 2 heads there is no share of 0.75: the palette goes without, unless it was asked for.
     heads = model.config["num_attention_heads"] // model.head_group
-    possible = tuple(share for share in hp.widths if share * heads % 1 == 0)
-    widths = hp.widths if "widths" in given else possible
+    widths = tuple(share for share in hp.widths if "widths" in given or share * heads % 1 == 0)
     return dataclasses.replace(hp, max_length=min(hp.max_length, model.max_tokens), widths=widths)
 
 
@@ -883,7 +872,7 @@ def prepare(args, given):
     if note:                                     # the toy takes no options meant for BERT-base
         given = {key: value for key, value in given.items() if key not in MODEL_OPTIONS}
     defaults = {} if args.train else TASK_SETTINGS.get(name, {})
-    hp = HyperParameters(**{**defaults, **given})
+    hp = HyperParameters(**(defaults | given))
     base = model_folder.resolve().name
     folder = args.out or Path("runs", "toy" if name == base == "toy" else f"{name}-{base}")
     if args.resume:
@@ -901,7 +890,7 @@ def prepare(args, given):
         "task": name, "row": row._asdict(), "note": note,
         "base": evaluate.located(model_folder, folder) | {"sha256": digest},
         "data": evaluate.located(data_folder, folder)
-        | describe_data(rows, {"train": train, "held_out": held_out} | splits),
+        | describe_data(row, rows, {"train": train, "held_out": held_out} | splits),
         "hyper_parameters": dataclasses.asdict(hp),
         "space": [evaluate.describe(model, phi) for phi in space],
         "device": args.device, "dtype": str(pick_dtype(hp, args.device)).removeprefix("torch."),
@@ -914,13 +903,13 @@ def prepare(args, given):
     return run, claim_folder(run, args)
 
 
-def describe_data(rows, splits):
+def describe_data(row, rows, splits):
     """For run.json: how many examples, how many were skipped, and what tells them from others."""
     found = {"skipped": {split: part.skipped for split, part in rows.items() if part.skipped},
              "sha256": {split: data.fingerprint(part) for split, part in rows.items()}}
     found |= {split: len(part.ids) for split, part in splits.items()}
-    labels = splits["dev"].labels
-    if labels is not None and labels.dtype == np.int64:
+    if row.labels:
+        labels = splits["dev"].labels
         found["largest_class"] = float(np.bincount(labels).max() / len(labels))
     return found
 
@@ -1009,17 +998,16 @@ def parse_arguments(argv):
     # returned beside the options, have theirs from the comments at their lines.
     manual = inspect.cleandoc(parse_arguments.__doc__)
     parser = evaluate.Parser(f"{__doc__}\n{manual}")
-    hidden = {"help": argparse.SUPPRESS}
+    add = partial(parser.add_argument, help=argparse.SUPPRESS)
     for path in ("--model", "--data-dir", "--out", "--train", "--dev"):
-        parser.add_argument(path, type=Path, **hidden)
+        add(path, type=Path)
     for name in ("--task", "--metric", "--text", "--label"):
-        parser.add_argument(name, **hidden)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", default=device, **hidden)
-    parser.add_argument("--regression", action="store_true", **hidden)
+        add(name)
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--regression", action="store_true")
     one_of = parser.add_mutually_exclusive_group()
     for switch in ("--resume", "--overwrite"):
-        one_of.add_argument(switch, action="store_true", **hidden)
+        one_of.add_argument(switch, action="store_true", help=argparse.SUPPRESS)
     fields = {field.name: field for field in dataclasses.fields(HyperParameters)}
     for title, settings in settings_help().items():
         group = parser.add_argument_group(title)
@@ -1036,11 +1024,9 @@ def check_own(args):
     """ValueError unless the options of a task of one's own are there together."""
     needed = (args.train, args.text, args.label)
     if any((*needed, args.dev, args.regression)):
-        if not all(needed):
-            raise ValueError("--train FILE, --text COLUMN and --label COLUMN go together; --dev, "
-                             "--regression go with them")
-        if args.task or args.data_dir:
-            raise ValueError("--train FILE stands in place of --task and --data-dir")
+        if not all(needed) or args.task or args.data_dir:
+            raise ValueError("--train FILE, --text COLUMN and --label COLUMN go together, in place "
+                             "of --task and --data-dir; --dev, --regression go with them")
     elif args.task is None:
         args.task = "toy"
 
@@ -1060,22 +1046,18 @@ def settings_help():
     return found
 
 
-def choices_of(field):
-    return get_args(field.type) if get_origin(field.type) is Literal else None
-
-
 def add_setting(group, field, help):
     """A hyper-parameter as an option: --num-subnets 4, --widths 1,2/3, --reorder, --no-reorder."""
     default = field.default
+    options = {"type": type(default), "metavar": "N"}
     if isinstance(default, bool):
         options = {"action": argparse.BooleanOptionalAction}
+    elif isinstance(default, str):
+        options = {"choices": get_args(field.type)}
     elif isinstance(default, tuple):
         kind = type(default[0])
         options = {"type": lambda text: numbers(text, kind), "metavar": "A,B,C"}
         default = ",".join(f"{value:g}" for value in default)
-    else:
-        choices = choices_of(field)
-        options = {"type": type(default), "choices": choices, "metavar": None if choices else "N"}
     group.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS,
                        help=f"{help}; default {default}", **options)
 

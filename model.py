@@ -42,9 +42,8 @@ class SubnetConfig:
     name: str = field(default="", compare=False)
 
     def __post_init__(self):
-        if not self.name:
-            sizes = f"h{self.hidden_size}-n{self.num_attention_heads}-f{self.intermediate_size}"
-            object.__setattr__(self, "name", f"{sizes}-d{len(self.layers)}")
+        sizes = f"h{self.hidden_size}-n{self.num_attention_heads}-f{self.intermediate_size}"
+        object.__setattr__(self, "name", self.name or f"{sizes}-d{len(self.layers)}")
 
 
 # --------------------------------------------------------------------------- the elastic parts
@@ -238,6 +237,10 @@ class SuperTransformer(nn.Module):
         """The longest input, in tokens."""
         return self.config["max_position_embeddings"] - self.first_position
 
+    @property
+    def device(self):
+        return next(self.parameters()).device
+
     def adapted_linears(self):
         return [getattr(layer, name) for layer in self.layers for name in self.adapted]
 
@@ -311,7 +314,6 @@ class SuperTransformer(nn.Module):
             state[name] = whole[corner].clone()
         small.load_state_dict(state, assign=True)
         return small
-
 
     @classmethod
     def complete(cls, config):
@@ -486,8 +488,7 @@ class Bert(SuperTransformer):
     def read(cls, name, tensor, config):
         """A stored tensor under its one name: without "bert.", LayerNorm.weight, not gamma."""
         name = name.removeprefix(f"{cls.model_type}.")
-        name = name.replace("LayerNorm.gamma", "LayerNorm.weight")
-        name = name.replace("LayerNorm.beta", "LayerNorm.bias")
+        name = name.replace("Norm.gamma", "Norm.weight").replace("Norm.beta", "Norm.bias")
         return {} if cls.ignored.fullmatch(name) else {name: tensor}
 
     @classmethod
@@ -733,8 +734,7 @@ class GPT(Decoder):
         name = name.removeprefix("transformer.")
         if re.fullmatch(r"h\.\d+\.attn\.(masked_)?bias", name):      # buffers: the causal mask
             return {}
-        conv = re.search(r"(attn|c_proj|c_fc)\.weight$", name)
-        if conv and config["model_type"] == "gpt2" and tensor.dim() == 2:
+        if config["model_type"] == "gpt2" and name.startswith("h.") and tensor.dim() == 2:
             tensor = tensor.T                                        # Conv1D keeps (in, out)
         for module, parts in cls.fused.items():
             if f".attn.{module}." in name:
@@ -850,6 +850,16 @@ def short(value):
     return text if len(text) <= 80 else text[:77] + "..."
 
 
+@contextmanager
+def naming(where):
+    """Adds to a ValueError where the wrong content stands."""
+    try:
+        yield
+    except ValueError as error:
+        what = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else error
+        raise ValueError(f"{where}: {what}") from None
+
+
 def read_json(path):
     """A JSON object; FileNotFoundError or ValueError with the path and what is wrong."""
     try:
@@ -874,7 +884,7 @@ def read_config(folder):
     family = FAMILIES[kind]
     ours = {theirs: name for name, theirs in family.config_names.items()}
     config = family.defaults | {ours.get(key, key): value for key, value in given.items()}
-    try:
+    with naming(path):
         # First the numbers to compute with, then those that may have been filled in.
         for key in NEEDED:
             check_size(family, config, key)
@@ -887,8 +897,6 @@ def read_config(folder):
         for key in family.sizes:
             check_size(family, config, key)
         check_choices(family, config)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
     return config
 
 
@@ -965,7 +973,7 @@ def load_pretrained(folder, num_labels=None, dtype=None, labels=()):
     config = read_config(folder)
     family = FAMILIES[config["model_type"]]
     tensors = list(read_checkpoint(folder))
-    try:
+    with naming(folder):
         stored, foreign = tensors_by_name(tensors, family, config)
         family.adopt(stored, config, num_labels)
         with torch.device("meta"):                   # shapes only: tensors are assigned, not copied
@@ -982,8 +990,6 @@ def load_pretrained(folder, num_labels=None, dtype=None, labels=()):
                              f"{config['model_type']} model")
         if stored:
             model.notes.append(f"left out, a foreign head: {sorted(stored)}")
-    except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from None
     model.load_state_dict(weights, assign=True)
     if labels and "classifier" not in model.drawn:
         order_classes(model, labels)
@@ -1057,7 +1063,7 @@ def load_trained_state(model, state):
 
     ValueError names the first tensor that does not fit.
     """
-    try:
+    with naming("the adapters do not fit this base model"):
         if any(name.startswith("order.") for name in state):
             model.permute(stored_order(model, state))
         first = f"layers.0.{model.adapted[0]}."
@@ -1070,8 +1076,6 @@ def load_trained_state(model, state):
             raise ValueError(f"tensor {short(min(odd))} is missing or extra")
         for name, tensor in own.items():
             tensor.copy_(fitted(name, state[name], tensor, None))
-    except ValueError as error:
-        raise ValueError(f"the adapters do not fit this base model: {error}") from None
 
 
 def stored_order(model, state):

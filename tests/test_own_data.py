@@ -159,10 +159,10 @@ def test_a_table_with_a_tasks_name_starts_from_bert_base_as_others_do(name, tmp_
     "options, words",
     [
         ("--train a.csv --text t", "--train FILE, --text COLUMN and --label COLUMN go together"),
-        ("--train a.csv --text t --label l --task rte", "stands in place of --task"),
+        ("--train a.csv --text t --label l --task rte", "go together, in place of --task"),
         ("--train a.csv --text t --label l", "No such file or directory: .*a.csv"),
-        ("--label l", "--label COLUMN go together; --dev, --r"),
-        ("--regression", "--label COLUMN go together; --dev, --r"),
+        ("--label l", "--label COLUMN go together, in"),
+        ("--regression", "--label COLUMN go together, in"),
         ("--metric bleu", "no metric 'bleu' suits this task; choose from accuracy, f1"),
         ("--metric pearson", "no metric 'pearson' suits this task"),
         ("--task stsb --data-dir . --model {toy} --metric f1", "choose from pearson, spearman"),
