@@ -171,7 +171,7 @@ def read_table(path, columns, read, header=()):
     """read(texts in these columns) of every row; without a header the first line is one."""
     suffix = Path(path.name.removesuffix(".gz")).suffix
     if suffix not in (".csv", ".tsv", ".jsonl", ".json"):
-        raise ValueError(f"{path}: convert it to .csv, .tsv or .jsonl; a .gz of these is read, too")
+        raise ValueError(f"{path}: convert it to .csv, .tsv or .jsonl, or a .gz of these")
 
     def records(lines):
         if "json" in suffix:
@@ -392,7 +392,7 @@ def tokenizer_file(folder):
             refuse_pointer(path)
             return path
     raise FileNotFoundError(f"there is neither tokenizer.json nor vocab.txt in {folder}; copy the "
-                            f"checkpoint's tokenizer there")
+                            f"checkpoint's there")
 
 
 def load_tokenizer(folder, vocab_size=None):
@@ -715,8 +715,7 @@ def find_inputs(task, model, data_dir):
     if task not in TASKS:
         raise ValueError(f"unknown task {task!r}; choose from {', '.join(TASKS)}")
     if task == "toy" and data_dir:
-        raise ValueError(f"--data-dir {data_dir}: the toy's sentences are generated; name the "
-                         f"--task that these data are of")
+        raise ValueError(f"--data-dir {data_dir}: name its --task; the toy has no files")
     try:
         return task, find_model(task, model), data_dir or find_data(task), ""
     except Offline as error:
@@ -776,7 +775,7 @@ def obtain(what, folder, download, name):
         reason = (str(error) or type(error).__name__).splitlines()[0]
         kind = Offline if nothing_answers(error) else FileNotFoundError
         raise kind(f"{what} is not in {folder} and could not be downloaded ({reason}); put it "
-                   f"there, or name your own: --model FOLDER --data-dir FOLDER") from error
+                   f"there, or name yours by --model and --data-dir") from error
 
 
 def has_weights(folder):

@@ -109,22 +109,20 @@ def accuracy(predictions, labels):
 
 
 def f1(predictions, labels):
-    """F1 of class 1, as GLUE has it; of more than two classes, macro F1."""
+    """Harmonic mean of class 1's precision and recall, 0 when there is no true positive.
+
+    Of more than two classes it is macro F1.
+    """
     if max(predictions.max(), labels.max()) > 1:
         return macro_f1(predictions, labels)
-    return f1_of(1, predictions, labels)
+    hits = (predictions * labels).sum()
+    return float(2 * hits / max(predictions.sum() + labels.sum(), 1))
 
 
 def macro_f1(predictions, labels):
     """The mean of all classes' F1."""
     classes = np.union1d(predictions, labels)
-    return float(np.mean([f1_of(c, predictions, labels) for c in classes]))
-
-
-def f1_of(c, predictions, labels):
-    """Harmonic mean of a class's precision and recall; 0 when there is no true positive."""
-    hits = ((predictions == c) & (labels == c)).sum()
-    return float(2 * hits / max((predictions == c).sum() + (labels == c).sum(), 1))
+    return float(np.mean([f1(predictions == c, labels == c) for c in classes]))
 
 
 def matthews(predictions, labels):
@@ -257,12 +255,11 @@ def describe(model, phi):
     "size_mb" is 10^6 bytes on disk, in the model's number format.
     """
     small = model.skeleton(phi)
-    width = next(model.parameters()).itemsize
     parameters = count(small)
     return {"name": phi.name, "heads": phi.num_attention_heads, "hidden_size": phi.hidden_size,
             "intermediate_size": phi.intermediate_size, "layers": list(phi.layers),
-            "parameters": parameters, "size_mb": parameters * width / 1e6,
-            "encoder_parameters": count(small.layers),
+            "parameters": parameters, "encoder_parameters": count(small.layers),
+            "size_mb": parameters * next(model.parameters()).itemsize / 1e6,
             "macs": sum(p.numel() for p in small.layers.parameters() if p.dim() == 2)}
 
 
@@ -489,7 +486,7 @@ def export(small, folder, base, labels, card, onnx=False):
             if Path(base, name).exists():
                 shutil.copyfile(Path(base, name), beside / name)
         export_tokenizer(small, beside, data.load_tokenizer(base))
-        (beside / "README.md").write_text(card, encoding="utf-8")
+        write_text(beside / "README.md", card)
         if onnx:
             export_onnx(small, beside / "model.onnx")
 
@@ -576,8 +573,7 @@ def export_onnx(small, path):
     z = session.run(None, {name: part.numpy() for name, part in x.items()})[0]
     away = (torch.from_numpy(z) - model(**x).detach()).abs()
     if not away.max() <= 1e-3:                                       # not a number fails, too
-        raise ValueError(f"{path.name}: its logits differ by {away.max():.1e} from PyTorch's; "
-                         f"nothing was written")
+        raise ValueError(f"{path.name}: its logits differ by {away.max():.1e} from PyTorch's")
 
 
 def model_card(run, rows, metric, form, dtype, where):
@@ -710,10 +706,9 @@ PROBLEM = dict.fromkeys(("task_id", "prompt", "entry_point", "test"), str)
 def estimate_pass_at_k(n, c, k):
     """1 - C(n-c, k) / C(n, k): the chance that one of k samples passes, when c of n did.
 
-    Unbiased (Chen et al., 2021, the paper's HumanEval). ValueError unless 1 ≤ k ≤ n and 0 ≤ c ≤ n.
+    Unbiased (Chen et al., 2021, the paper's HumanEval).
     """
-    if not (1 <= k <= n and 0 <= c <= n):
-        raise ValueError(f"pass@{k} is not defined for {c} of {n} samples")
+    assert 1 <= k <= n and 0 <= c <= n
     return 1 - math.comb(n - c, k) / math.comb(n, k)
 
 

@@ -167,8 +167,8 @@ def configuration_space(maxnet, widths=(1, 0.75, 0.5), depths=(1, 0.75, 0.5), hi
     def part(share, whole, what, exact=False):
         number = math.ceil(share * whole - 0.5) if 0 < share <= 1 else 0
         if number < 1 or (exact and abs(number - share * whole) > 0.01):
-            raise ValueError(f"a share of {share:g} is not possible: {share:g} x {whole} {what} = "
-                             f"{share * whole:g} is not a whole number from 1 to {whole}")
+            raise ValueError(f"{share:g} of {whole} {what} is not possible: {share * whole:g} is "
+                             f"not a whole number from 1 to {whole}")
         return number
 
     space = []
@@ -663,7 +663,7 @@ class Run:
         line = {"stage": event.stage, "step": event.step} | values
         if self.settings["note"]:
             line["note"] = self.settings["note"]
-        with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
+        with open(self.folder / "log.jsonl", "a") as file:
             file.write(json.dumps(line) + "\n")
 
     def score(self, phi, dev):
@@ -691,7 +691,7 @@ class Run:
         print(f"\nStage {event.stage}: {STAGES[event.stage]}; trains {trained:,} weights, "
               f"{trained / whole:.1%} of the model; {event.steps:,} steps", flush=True)
         self.bar = tqdm(total=event.steps, initial=event.step, disable=None, unit=" steps",
-                        desc=f"stage {event.stage}", dynamic_ncols=True)
+                        desc=f"stage {event.stage}")
         self.started = time.monotonic()
 
     def show(self, event):
@@ -894,7 +894,7 @@ def prepare(args, given):
         "hyper_parameters": dataclasses.asdict(hp),
         "space": [evaluate.describe(model, phi) for phi in space],
         "device": args.device, "dtype": str(pick_dtype(hp, args.device)).removeprefix("torch."),
-        "processor": evaluate.device_name(args.device), "machine": platform.platform(),
+        "processor": evaluate.device_name(args.device),
         "processes": processes()[1], "threads": torch.get_num_threads(),
         "python": platform.python_version(), "torch": torch.__version__,
         "seconds": [0.0] * 3, "start_scores": [0.0] * 3, "peak_memory": 0, "command": args.command,
@@ -949,13 +949,13 @@ def opening(run):
     s = run.settings
     found = s["data"]
     counts = [f"{found[split]:,} {split}" for split in ("train", "held_out", *run.splits)]
-    classes = f"classes: {', '.join(run.task.labels)[:200]}\n" if run.task.labels else ""
-    skipped = f"; skipped: {found['skipped']}" if found["skipped"] else ""
+    classes = ", ".join(run.task.labels)[:200] or "none"
     base = Path(s["base"]["folder"]).name
     notes = "".join(f"\n{base}: {note}" for note in run.model.notes)
     return (f"MLFS on {s['task']}: {base}, "
             f"{s['space'][0]['parameters'] / 1e6:.1f}M parameters\n"
-            f"data: {found['folder']}; {', '.join(counts)}{skipped}\n{classes}"
+            f"data: {found['folder']}; {', '.join(counts)}; skipped: {found['skipped'] or 0}\n"
+            f"classes: {classes}\n"
             f"𝒜: {', '.join(phi.name for phi in run.space)}\n"
             f"{s['device']}, {s['dtype']}; writes {run.folder}/{notes}")
 

@@ -1152,7 +1152,7 @@ def save_pretrained(model, folder, labels=()):
         save_file(model.write(tensors), path, {"format": "pt"})
     with replacing(folder / "config.json") as path:
         config = stored_config(model, labels)
-        path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(config, indent=2) + "\n")
 
 
 # What config.json says of the original's weights, task and code.

@@ -848,7 +848,7 @@ def test_a_completion_keeps_the_space_that_it_begins_with(monkeypatch):
 def test_pass_at_k_is_the_share_of_draws_with_a_pass(n, c, k):
     """Chen et al.'s estimator, against all draws of k among n samples."""
     if c > n or k > n:
-        with pytest.raises(ValueError, match="not defined"):
+        with pytest.raises(AssertionError):
             evaluate.estimate_pass_at_k(n, c, k)
     else:
         draws = list(itertools.combinations([True] * c + [False] * (n - c), k))

@@ -42,7 +42,7 @@ class InPlace:
 
     def __init__(self, model):
         self.model = model
-        self.parameters = model.parameters
+        self.device = model.device
 
     def extract(self, phi):
         return partial(self.model, phi=phi)
