@@ -775,7 +775,7 @@ def obtain(what, folder, download, name):
         reason = (str(error) or type(error).__name__).splitlines()[0]
         kind = Offline if nothing_answers(error) else FileNotFoundError
         raise kind(f"{what} is not in {folder} and could not be downloaded ({reason}); put it "
-                   f"there, or name yours by --model and --data-dir") from error
+                   f"there, or name --model and --data-dir") from error
 
 
 def has_weights(folder):

@@ -1154,7 +1154,7 @@ def lock(folder):
         fcntl.lockf(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN):
-            raise FileExistsError(f"another run is writing to {folder}; wait for its end, or "
+            raise FileExistsError(f"another run is writing to {folder}; wait for it, or "
                                   f"choose another --out") from None
         print(f"warning: {folder} cannot be locked: {error}", file=sys.stderr)
 
@@ -1632,7 +1632,7 @@ def print_predictions(args, run):
     lines = [os.fsencode(args.predict)]
     if args.predict == "-":
         if sys.stdin is None:
-            raise ValueError("--predict: standard input is closed")
+            raise ValueError("standard input is closed")
         lines = (line.rstrip(b"\r\n") for line in sys.stdin.buffer)
     for number, line in enumerate(lines, 1):
         with naming(f"--predict, line {number}"):
@@ -1681,7 +1681,7 @@ def print_humaneval(args, run, problems):
         unjudged = path.read_text().count('"failed: PicklingError"')
         points = ", ".join(f"{name} {100 * value:.1f}" for name, value in found.items())
         print(f"{phi.name}: {points}; {len(problems)} problems, {args.samples} samples each; "
-              f"not judged: {unjudged} values of other kinds, {len(too_long)} prompts too long",
+              f"not judged: {unjudged} values of other kinds, {len(too_long)} long prompts",
               flush=True)
 
 

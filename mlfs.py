@@ -937,7 +937,7 @@ def main(argv=None):
     if processes()[0]:                               # rank 0 speaks for all
         return 0
     if number:
-        print("\nstopped and saved; the same command with --resume goes on from there",
+        print("\nstopped and saved; the same command with --resume goes on",
               file=sys.stderr)
         return 128 + number
     print(closing(run), run.settings["note"], sep="\n")

@@ -946,7 +946,7 @@ def test_odd_problem_files_are_judged_or_told(run, tmp_path, monkeypatch, capsys
     assert evaluate.main(options) == 0
     out = capsys.readouterr().out
     assert "pass@1 66.7" in out
-    assert "not judged: 1 values of other kinds, 1 prompts too long" in out
+    assert "not judged: 1 values of other kinds, 1 long prompts" in out
     path.write_text("\n\n" + lines[0] + "\n\n{}\n")
     with pytest.raises(ValueError, match="problems.jsonl, line 5: there is no 'task_id'"):
         evaluate.main(options)

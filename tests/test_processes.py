@@ -119,7 +119,7 @@ def test_a_stopped_run_is_saved_and_goes_on_to_the_same_bits(
     with monkeypatch.context() as patch:
         at_iteration(when, lambda: os.kill(os.getpid(), number), patch)
         assert command() == 128 + number
-    assert "the same command with --resume goes on from there" in capsys.readouterr().err
+    assert "the same command with --resume goes on" in capsys.readouterr().err
     assert signal.getsignal(number) is before
     assert command("--resume") == 0
     for name in ("adapters.safetensors", "palette.md"):
