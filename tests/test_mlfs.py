@@ -105,7 +105,7 @@ def test_the_default_palette_takes_the_shares_that_exist(model, widths):
     assert names == [f"w{w}-d{d}" for w in widths for d in (4, 3, 2)]
     given = {"widths": (1.0, 0.3)}
     hp = m.fit_settings(dataclasses.replace(HP, **given), given, model, "base")
-    with pytest.raises(ValueError, match="0.3 of 4 heads is not possible"):
+    with pytest.raises(ValueError, match="0.3 of . .*heads is not possible"):
         m.choose_space(hp, given, model, "base")
 
 

@@ -689,7 +689,7 @@ def test_lines_of_standard_input_are_answered_one_by_one(copy, capsys, monkeypat
     assert command(copy, "--subnet", "w1-d4", "--predict") == 2
     out, err = capsys.readouterr()
     assert len(out.splitlines()) == 3
-    assert err.startswith("error: --predict, line 4: 'utf-8' codec can't decode byte 0xff")
+    assert err.startswith("error: --predict, line 4: not UTF-8 text")
     command(copy, "--subnet", "w1-d4", "--predict", "the plot is good .")
     assert capsys.readouterr().out == out.splitlines(keepends=True)[0]
 
@@ -836,7 +836,7 @@ def test_any_change_of_the_base_checkpoint_is_noticed(copy, name, capsys):
         (["--onnx"], "go with --export"),
         (["--predict", "x", "--max-params", "3"], "do one at a time"),
         (["--export", "w1-d4", "out", "--max-params", "3"], "do one at a time"),
-        (["--predict", "\udcff", "--subnet", "w1-d4"], "--predict, line 1: 'utf-8' codec can't"),
+        (["--predict", "\udcff", "--subnet", "w1-d4"], "--predict, line 1: not UTF-8 text"),
         (["--subnets", ""], "there is no subnet ''"),
         (["--device", "meta"], "--device meta cannot be used here"),
     ],
