@@ -169,7 +169,7 @@ csv.field_size_limit(2 ** 31 - 1)                    # a long text is no error
 
 def read_table(path, columns, read, header=()):
     """read(texts in these columns) of every row; without a header the first line is one."""
-    suffix = Path(path.name.removesuffix(".gz")).suffix
+    suffix = Path(path.name.removesuffix(".gz")).suffix.lower()
     if suffix not in (".csv", ".tsv", ".jsonl", ".json"):
         raise ValueError(f"{path}: convert it to .csv, .tsv or .jsonl, or a .gz of these")
 
@@ -204,7 +204,8 @@ def read_file(path, records, read):
 
 
 def json_lines(lines):
-    return (json.loads(line) for line in lines if line.strip())
+    """NaN, which JSON has not, is how some libraries write an empty cell."""
+    return (json.loads(line, parse_constant=lambda name: None) for line in lines if line.strip())
 
 
 def named(rows, header, columns):
@@ -254,7 +255,7 @@ def own_task(train, dev, text, label, regression):
     labels = () if regression else distinct_labels(paths[0], label)
     metrics = ("accuracy", "macro_f1", "matthews") if labels else ("pearson", "spearman")
     task = Task("", "", tuple(files[1:]), sentences, label, labels, metrics, files[0])
-    return train.name.partition(".")[0], folder, task
+    return paths[0].name.partition(".")[0], folder, task
 
 
 def distinct_labels(path, column):
@@ -403,11 +404,14 @@ def load_tokenizer(folder, vocab_size=None):
     """
     path = tokenizer_file(folder)
     try:
-        settings = read_fields(path.with_name("tokenizer_config.json"))
-        added = settings.pop("added_tokens_decoder", {})
-        for name, value in settings.items():
+        fields = read_fields(path.with_name("tokenizer_config.json"))
+        added = fields.pop("added_tokens_decoder", {})
+        settings = {}
+        for name, value in fields.items():
             if isinstance(value, dict):              # a token, with how blanks around it are read
-                settings[name] = value.get("content", value)
+                value = value.get("content", value)
+            if value is not None:
+                settings[name] = value
         text = path.read_text("utf-8-sig")
         if path.suffix == ".json":
             tokenizer = Tokenizer.from_str(text)
@@ -470,8 +474,9 @@ def frame(tokenizer, settings):
 
     ValueError if there are no such tokens.
     """
-    mask = tokenizer.encode("a", "a").special_tokens_mask
-    if mask[0] and sum(mask) > 2:
+    one = tokenizer.encode("a").special_tokens_mask
+    two = tokenizer.encode("a", "a").special_tokens_mask
+    if one[0] and two[0] and sum(two) > 2:
         return
     vocab = tokenizer.get_vocab()
     cls = settings.get("cls_token", "[CLS]")
@@ -532,7 +537,7 @@ def check_ids(tokenizer, ids):
     if rows and largest >= rows:
         token = tokenizer.id_to_token(largest)
         raise ValueError(f"{tokenizer.path}: a text has the token {token!r}, id {largest}; the "
-                         f"model's embedding has {rows} rows")
+                         f"embedding has {rows} rows")
 
 
 def end_of_text(tokenizer):
@@ -715,18 +720,16 @@ def find_inputs(task, model, data_dir):
     if task not in TASKS:
         raise ValueError(f"unknown task {task!r}; choose from {', '.join(TASKS)}")
     if task == "toy" and data_dir:
-        raise ValueError(f"--data-dir {data_dir}: name its --task; the toy has no files")
+        raise ValueError(f"--data-dir {data_dir}: name its --task")
     try:
         return task, find_model(task, model), data_dir or find_data(task), ""
     except Offline as error:
         # The toy stands in only for BERT-base on GLUE, and only if the user named neither.
         if model or data_dir or not TASKS[task].archive:
             raise
-        wanted = f"BERT-BASE ON {task.upper()}"
+        note = f"TOY RUN, not BERT-BASE ON {task.upper()}"
         line = "!" * 90
-        print(f"{line}\nNO {wanted}: {error}\nWhat follows is the BUILT-IN TOY; its figures say "
-              f"nothing about {wanted}.\n{line}", flush=True)
-    note = f"TOY RUN, not {wanted}: nothing could be downloaded"
+        print(f"{line}\n{note}: {error}\n{line}", flush=True)
     return "toy", find_model("toy"), find_data("toy"), note
 
 

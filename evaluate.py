@@ -157,7 +157,10 @@ def rank_metrics(row, first=None):
     fitting = OF_CLASSES if row.labels else OF_SCORES
     if "loss" in row.metrics:
         fitting = ("loss",)
-    metrics = dict.fromkeys([first or row.metrics[0], *row.metrics])
+    # By the task, not by what a sample of it holds.
+    general = {"f1": "macro_f1"} if len(row.labels) > 2 else {}
+    metrics = dict.fromkeys(general.get(name, name)
+                            for name in (first or row.metrics[0], *row.metrics))
     for name in metrics:
         if name not in fitting:
             raise ValueError(f"no metric {name!r} suits this task; choose from "
@@ -324,12 +327,11 @@ def choose(rows, budget, metric):
 
 def worth_shipping(rows, metric):
     """(n, the row to take) where the choice changes as the budget of parameters grows to n."""
-    steps = []
-    for most in sorted({row["parameters"] for row in rows}):
+    steps = {}
+    for most in sorted(row["parameters"] for row in rows):
         best = choose(rows, {"parameters": most}, metric)[0]
-        if not steps or steps[-1][1] is not best:
-            steps.append((most, best))
-    return steps
+        steps.setdefault(best["name"], (most, best))
+    return list(steps.values())
 
 
 def millions(count):
@@ -471,9 +473,9 @@ def new_folder(folder):
 
 
 def is_empty(folder):
-    """Whether a folder holds nothing, or only what systems put on a new volume."""
-    theirs = {"lost+found", ".DS_Store"}
-    return folder.is_dir() and {path.name for path in folder.iterdir()} <= theirs
+    """Whether a folder holds nothing, or only what systems put on a new volume: hidden, mostly."""
+    return folder.is_dir() and all(path.name[0] == "." or path.name == "lost+found"
+                                   for path in folder.iterdir())
 
 
 def export(small, folder, base, labels, card, onnx=False):
@@ -499,8 +501,9 @@ def export_tokenizer(small, folder, tokenizer):
         pad = data.end_of_text(tokenizer)[0]
     else:
         data.frame(tokenizer, settings)
+        inputs = ["input_ids", "attention_mask", "token_type_ids"]
         settings |= {"tokenizer_class": "PreTrainedTokenizerFast",   # takes tokenizer.json whole
-                     "model_input_names": ["input_ids", "token_type_ids", "attention_mask"]}
+                     "model_input_names": inputs[:1 + min(2, small.config["type_vocab_size"])]}
     settings.setdefault("pad_token", tokenizer.id_to_token(pad))     # batches need one
     tokenizer.save(str(folder / "tokenizer.json"))
     write_json(folder / "tokenizer_config.json", settings)
@@ -741,7 +744,8 @@ def usable_cores():
 def check_sandbox(problems):
     """ValueError unless here, after all imports, a right program passes and a wrong one fails."""
     text = "\n".join(problem["prompt"] + "\n" + problem["test"] for problem in problems)
-    imports = re.findall(r"^(?:from [\w.]+ )?import [\w.]+(?= as|,|\s*$)", text, re.M)
+    statement = r"^(?!from __)(?:from [\w.]+ )?import [\w.]+(?:, *\w+)*(?: as \w+)? *(?=#|$)"
+    imports = re.findall(statement, text, re.M)
     prompt = "\n".join(sorted(set(imports))) + "\ndef f(): return "
     problem = {"prompt": prompt, "entry_point": "f", "test": "def check(f): assert f()"}
     for value, wanted in (("1", "passed"), ("0", "failed: AssertionError")):
@@ -1141,7 +1145,7 @@ def take_folder(folder, settings, resume, overwrite):
 
 def lasting(run):
     """What --resume may not change. Of base and data contents decide, not paths."""
-    found = {key: run.get(key) for key in ("task", "device", "dtype")}
+    found = {key: run.get(key) for key in ("device", "dtype")}
     found |= {key: run[key]["sha256"] for key in ("base", "data")}
     found |= {key: run["row"][key] for key in ("labels", "metrics")}
     return found | run["hyper_parameters"]
@@ -1299,7 +1303,7 @@ def device_name(device):
     told = ""
     with suppress(OSError):                          # not Linux
         told = Path("/proc/cpuinfo").read_text()
-    if name := re.search(r"model name\s*: (?!ARM)(.*)", told):
+    if name := re.search(r"model name\s*: (?!ARM)(\S.*)", told):
         return name[1]
     # ARM's and Apple's have one name for all: their parts, the board and the host tell two apart.
     parts = sorted(set(re.findall(r"(?:part|Hardware|Model)\s*: (.*)", told)))
@@ -1358,9 +1362,9 @@ def located(path, run_folder):
 
 
 def find_again(place, run_folder):
-    """Where that is now: where it was, or as far from the run folder: both were moved."""
-    before = Path(place["folder"])
-    return before if before.exists() else Path(run_folder, place["from_run"])
+    """Where that is now: as far from the run folder, if both were moved, or where it was."""
+    moved = Path(run_folder, place["from_run"])
+    return moved if os.path.exists(moved) else Path(place["folder"])
 
 
 def load_run(folder, device="cpu", dtype=torch.float32, base=None):
@@ -1373,9 +1377,9 @@ def load_run(folder, device="cpu", dtype=torch.float32, base=None):
     run = read_run(folder)
     space = [subnet(row) for row in run["space"]]
     base = Path(base or find_again(run["base"], folder))
-    if not base.is_dir():
+    if not os.path.isfile(base / "config.json"):
         raise FileNotFoundError(f"{folder / 'run.json'}: its base checkpoint {base} is not there; "
-                                f"name its folder with --model")
+                                f"name it with --model")
     state, origin = read_tensors(folder / "adapters.safetensors")
     if not base_digest(base) == run["base"]["sha256"] == origin.get("base"):
         raise ValueError(f"{base} is not the checkpoint that {folder} was trained on: sha256 "
@@ -1412,7 +1416,7 @@ def exit_on_bad_input(main):
     sys.stdout = sys.stdout or open(os.devnull, "w")             # None if the shell closed it
     sys.stderr = sys.stderr or open(os.devnull, "w")
     for stream in (sys.stdout, sys.stderr):
-        with suppress(AttributeError):               # a notebook's
+        with suppress(AttributeError, OSError):      # a notebook's
             stream.reconfigure(errors="replace")     # a terminal without Greek shows "?" for it
     try:
         return main()
@@ -1517,14 +1521,13 @@ class Opened:
         self.settings, model, self.space = load_run(args.run, check_device(args.device),
                                                     getattr(torch, args.dtype), args.model)
         names = [phi.name for phi in self.space]
-        choice = ", ".join(names)
         asked = args.export[0] if args.export else args.subnets
         wanted = names if asked is None else asked.split(",")
         for name in wanted:
             if name not in names:
-                raise ValueError(f"there is no subnet {name!r}; this palette has {choice}")
+                raise ValueError(f"there is no subnet {name!r}, only {', '.join(names)}")
         if args.predict is not None and len(wanted) > 1:
-            raise ValueError(f"--predict needs one --subnet NAME out of {choice}")
+            raise ValueError("--predict needs one --subnet NAME")
         # What the command is about.
         self.subnets = [phi for phi in self.space if phi.name in wanted]
         # What is shipped is measured: adapters merged.
@@ -1631,9 +1634,7 @@ def print_predictions(args, run):
     small = run.model.extract(run.subnets[0])
     lines = [os.fsencode(args.predict)]
     if args.predict == "-":
-        if sys.stdin is None:
-            raise ValueError("standard input is closed")
-        lines = (line.rstrip(b"\r\n") for line in sys.stdin.buffer)
+        lines = (line.rstrip(b"\r\n") for line in getattr(sys.stdin, "buffer", ()))
     for number, line in enumerate(lines, 1):
         with naming(f"--predict, line {number}"):
             text = line.decode()

@@ -25,7 +25,6 @@ import itertools
 import json
 import math
 import os
-import platform
 import random
 import re
 import signal
@@ -574,8 +573,7 @@ def add_up(tensors):
 
 def join_processes(args):
     """Under torchrun: one GPU each, or gloo between CPUs; rank 0 alone speaks."""
-    world = os.environ.get("WORLD_SIZE", "")         # no number: another tool has left it
-    if not world.isdecimal() or int(world) < 2 or dist.is_initialized():
+    if not dist.is_torchelastic_launched() or dist.is_initialized():
         return
     backend = "gloo"
     if args.device.startswith("cuda"):
@@ -839,6 +837,7 @@ def load_model(row, folder, hp, device):
         raise ValueError(f"this task needs {kind}; {folder} is a {type(model).__name__}")
     if hp.init == "random":
         initialise(model, hp.seed)
+        model.drawn = [*model.trained_whole]
     model.gradient_checkpointing = hp.checkpointing
     return model
 
@@ -860,9 +859,6 @@ def fit_settings(hp, given, model, folder):
     return dataclasses.replace(hp, max_length=min(hp.max_length, model.max_tokens), widths=widths)
 
 
-MODEL_OPTIONS = ("max_length", "widths", "depths", "hidden")         # whose values suit one model
-
-
 def prepare(args, given):
     """Reads and checks all input, then takes the run folder: bad input leaves no trace."""
     HyperParameters(**given)                     # bad values are told before anything is downloaded
@@ -870,7 +866,8 @@ def prepare(args, given):
     name, model_folder, data_folder, note, row = shared_inputs(args)
     row = evaluate.rank_metrics(row, args.metric)
     if note:                                     # the toy takes no options meant for BERT-base
-        given = {key: value for key, value in given.items() if key not in MODEL_OPTIONS}
+        given = {key: value for key, value in given.items()
+                 if key not in ("max_length", "widths", "depths", "hidden")}
     defaults = {} if args.train else TASK_SETTINGS.get(name, {})
     hp = HyperParameters(**(defaults | given))
     base = model_folder.resolve().name
@@ -896,7 +893,7 @@ def prepare(args, given):
         "device": args.device, "dtype": str(pick_dtype(hp, args.device)).removeprefix("torch."),
         "processor": evaluate.device_name(args.device),
         "processes": processes()[1], "threads": torch.get_num_threads(),
-        "python": platform.python_version(), "torch": torch.__version__,
+        "torch": torch.__version__,
         "seconds": [0.0] * 3, "start_scores": [0.0] * 3, "peak_memory": 0, "command": args.command,
     }
     run = Run(folder, settings, hp, row, model, space, train, held_out, splits, [])

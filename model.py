@@ -869,7 +869,7 @@ def read_json(path):
     except (ValueError, RecursionError) as error:    # bad JSON, bad UTF-8, too deeply nested
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{path} must hold a JSON object, not a {type(value).__name__}")
+        raise ValueError(f"{path} must hold a JSON object")
     return value
 
 

@@ -289,6 +289,7 @@ def template(single: str, pair: str) -> processors.TemplateProcessing:
         template("$A [SEP]", "$A [SEP] $B:1 [SEP]:1"),
         template("[CLS] $A [SEP]", "[CLS] $A $B:1 [SEP]:1"),
         template("[CLS] $A [SEP]", "$A $B:1"),
+        template("$A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1"),
     ],
 )
 def test_an_encoders_text_is_framed_whatever_its_file_says(folder, processor):
@@ -340,7 +341,7 @@ def test_ids_beyond_the_embedding_are_refused_where_a_text_has_one(folder):
     (folder / "vocab.txt").write_text("\n".join(WORDS) + "\n\n")
     (folder / "added_tokens.json").write_text('{"extra": 16}')
     assert tokens_of(folder, "no it", rows=15) == "[CLS] no it [SEP]"
-    words = "vocab.txt: a text has the token 'extra', id 16; the model's embedding has 15 rows"
+    words = "vocab.txt: a text has the token 'extra', id 16; the embedding has 15 rows"
     with pytest.raises(ValueError, match=words):
         tokens_of(folder, "no extra", rows=15)
 
@@ -367,7 +368,7 @@ def test_a_byte_order_mark_and_windows_lines_are_no_part_of_a_token(folder):
     [
         (
             {"post_processor": {"type": "BertProcessing", "sep": ["[SEP]", 99], "cls": ["a", 2]}},
-            "id 99; the model's embedding has 15 rows",
+            "id 99; the embedding has 15 rows",
         ),
         # the library panics: no Exception
         ({"pre_tokenizer": {"type": "FixedLength", "length": 0}}, "is not a tokenizer: chunk size"),
@@ -616,7 +617,7 @@ def test_only_a_missing_network_makes_the_toy_stand_in(
     monkeypatch.setattr(data, "download_model", fail)
     if falls_back:
         assert data.find_inputs("sst2", None, None)[0] == "toy"
-        assert "NO BERT-BASE ON SST2" in capsys.readouterr().out
+        assert "TOY RUN, not BERT-BASE ON SST2: " in capsys.readouterr().out
         return
     with pytest.raises(FileNotFoundError, match="BERT-base is not in .* could not be downloaded"):
         data.find_inputs("sst2", None, None)

@@ -165,7 +165,7 @@ EXPECTED = (
         (["--rank", "100000000000"], "exceeds the hidden size 96"),
         (["--widths", "1,.3"], "0.3 of 4 heads is not possible"),
         (["--widths", "1e999999999"], "inf of 4 heads is not possible"),
-        (["--data-dir", "."], "name its --task; the toy has no files"),
+        (["--data-dir", "."], "--data-dir .: name its --task"),
         (["--resume", "--overwrite"], "--overwrite: not allowed with argument --resume"),
         (["--model", "nowhere"], "nowhere"),
         (["--task", "sst2", "--model", "nowhere"], "--model: there is no nowhere/config.json"),
@@ -200,7 +200,7 @@ def test_without_network_sst2_becomes_the_toy_behind_a_banner(tmp_path, monkeypa
     assert (task, model) == ("toy", tmp_path / "toy") and note.startswith(
         "TOY RUN, not BERT-BASE ON SST2"
     )
-    assert "NO BERT-BASE ON SST2" in capsys.readouterr().out
+    assert "TOY RUN, not BERT-BASE ON SST2: " in capsys.readouterr().out
     with pytest.raises(
         FileNotFoundError,
         match="BERT-base is not in .* and could not be downloaded .no route to host",

@@ -318,6 +318,8 @@ def test_usable_cores_are_those_of_affinity_and_quota(tmp_path, monkeypatch):
 def test_a_sandbox_that_does_not_work_is_told(monkeypatch, tmp_path):
     """One that calls all programs wrong, or right, or lacks what the problems import."""
     evaluate.check_sandbox([{**PROBLEM, "test": "import numpy as np\n" + PROBLEM["test"]}])
+    prose = '"""Write f.\nimport data, then sort\n"""\nfrom __future__ import annotations\n'
+    evaluate.check_sandbox([{**PROBLEM, "prompt": prose}])
     with pytest.raises(ValueError, match="from nowhere .*'failed: ModuleNotFoundError'"):
         evaluate.check_sandbox([PROBLEM, {**PROBLEM, "prompt": "from nowhere import a, b\n"}])
     broken = evaluate.RUNNER.replace("os.setsid()", "raise OSError('no setuid')")

@@ -81,8 +81,9 @@ def test_rows_without_a_label_are_counted_and_a_score_may_be_minus_one(tmp_path)
 
 def test_a_label_may_be_a_json_number_or_truth_value(tmp_path):
     lines = [{"text": "a", "kind": True}, {"text": "b", "kind": False}, {"text": "c", "kind": None}]
+    lines.append({"text": "d", "kind": float("nan")})  # as pandas writes an empty cell
     task, splits = own(tmp_path, "a.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
-    assert task.labels == ("false", "true") and splits["train"].skipped == {"without a label": 1}
+    assert task.labels == ("false", "true") and splits["train"].skipped == {"without a label": 2}
 
 
 def test_snlis_dash_is_no_label_in_a_row_of_the_table_either(tmp_path, monkeypatch):
@@ -216,6 +217,8 @@ def test_f1_and_matthews_of_three_classes():
     assert evaluate.macro_f1(P, Y) == evaluate.f1(P, Y) == pytest.approx(macro)
     r = (c * s - t @ p) / np.sqrt((s * s - p @ p) * (s * s - t @ t))
     assert evaluate.matthews(P, Y) == pytest.approx(r)
+    row = data.Task("", "", (), ("text",), "kind", ("a", "b", "c"), ("accuracy",))
+    assert evaluate.rank_metrics(row, "f1").metrics == ("macro_f1", "accuracy")
     order = np.array([2, 0, 1])  # which class has which number means nothing
     assert evaluate.matthews(order[P], order[Y]) == pytest.approx(r)
     assert evaluate.macro_f1(order[P], order[Y]) == pytest.approx(macro)
@@ -254,7 +257,8 @@ def test_a_run_on_a_file_can_be_moved_with_its_base_and_data(tmp_path, capsys, m
     command = mails(tmp_path / "a")
     mlfs.main([*command, "--out", str(tmp_path / "a" / "run")])
     assert "classes: con, pro" in capsys.readouterr().out
-    shutil.move(tmp_path / "a", tmp_path / "b")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    (tmp_path / "a" / "reviews.csv").write_text(TEXT + "another,con\n")  # a copy has its own data
     assert evaluate.main([str(tmp_path / "b" / "run")]) == 0
     assert "of them of one class" in capsys.readouterr().out
     moved = [word.replace(f"{tmp_path}/a/", f"{tmp_path}/b/") for word in command]

@@ -822,7 +822,7 @@ def test_any_change_of_the_base_checkpoint_is_noticed(copy, name, capsys):
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["--export", "w9", "out"], "there is no subnet 'w9'; this palette has w1-d4, w1-d2"),
+        (["--export", "w9", "out"], "there is no subnet 'w9', only w1-d4, w1-d2"),
         (["--predict", "x"], "--predict needs one --subnet NAME"),
         (["--predict", "a\tb", "--subnet", "w1-d4"], "2 parts separated by tabs; the task takes 1"),
         (["--max-params", "-3"], "--max-params must be above 0, not -3"),

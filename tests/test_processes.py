@@ -257,7 +257,7 @@ def test_a_command_needs_no_terminal(stream, capsys, monkeypatch):
     assert sys.stdout is not None and sys.stderr is not None
 
 
-@pytest.mark.parametrize("value", ["", "abc", "0", "1", "-2", "2.0", " "])
+@pytest.mark.parametrize("value", ["", "abc", "0", "2", " "])
 def test_what_another_tool_left_in_the_environment_starts_no_processes(value, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", value)
     mlfs.join_processes(SimpleNamespace(device="cpu"))
@@ -265,10 +265,13 @@ def test_what_another_tool_left_in_the_environment_starts_no_processes(value, mo
 
 
 def test_a_new_volume_is_an_empty_run_folder(tmp_path):
-    """Its lost+found is the system's; anything else is somebody's."""
+    """Its lost+found and hidden folders are the system's; anything else is somebody's."""
     (tmp_path / "lost+found").mkdir()
+    (tmp_path / ".Trash-1000").mkdir()
     evaluate.take_folder(tmp_path, {"task": "toy"}, resume=False, overwrite=False)
-    assert {path.name for path in tmp_path.iterdir()} == {"lost+found", "run.json", ".lock"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "lost+found", ".Trash-1000", "run.json", ".lock"
+    }  # fmt: skip
     with pytest.raises(FileExistsError, match="exists already; go on with --resume"):
         evaluate.take_folder(tmp_path, {"task": "toy"}, resume=False, overwrite=False)
 
