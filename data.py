@@ -204,7 +204,7 @@ def read_file(path, records, read):
 
 
 def json_lines(lines):
-    """NaN, which JSON has not, is how some libraries write an empty cell."""
+    """The value on each line that is not blank; NaN, an empty cell to some libraries, is None."""
     return (json.loads(line, parse_constant=lambda name: None) for line in lines if line.strip())
 
 

@@ -112,7 +112,7 @@ class HyperParameters:
         most = {"alpha": 1, "gamma": 10, "warmup": 0.99, "seed": 2 ** 32 - 1}
         for name, value in vars(self).items():
             if isinstance(value, str):
-                choices = get_args(self.__annotations__[name])
+                choices = get_args(type(self).__annotations__[name])
                 check(name, value in choices, " or ".join(choices))
             elif name in most:
                 check(name, 0 <= value <= most[name], f"in [0, {most[name]}]")
@@ -669,6 +669,7 @@ class Run:
         return evaluate.evaluate(self.model, phi, self.task, {"dev": dev})["score"]
 
     def validate(self, event):
+        """Logs every subnet's score on dev, where --validate-every asks for it."""
         every = self.hp.validate_every
         if every and event.step % every == 0:
             scores = {phi.name: self.score(phi, self.splits["dev"]) for phi in self.space}

@@ -334,10 +334,15 @@ def test_a_sandbox_that_does_not_work_is_told(monkeypatch, tmp_path):
         monkeypatch.setattr(sys, "executable", python)
         with pytest.raises(ValueError, match=f"programs cannot be judged here.*{reason}"):
             evaluate.check_sandbox([PROBLEM])
+    tried = []
     for result in ("passed", "failed: AssertionError"):
-        monkeypatch.setattr(evaluate, "check_correctness", lambda *_: {"result": result})
+        monkeypatch.setattr(
+            evaluate, "check_correctness", lambda *args: tried.append(args) or {"result": result}
+        )
         with pytest.raises(ValueError, match="programs cannot be judged here"):
-            evaluate.check_sandbox([PROBLEM])
+            evaluate.check_sandbox([{**PROBLEM, "prompt": prose + "import math\n"}])
+    # Among the imports of other problems it would not come first, as it must.
+    assert all(problem["prompt"].startswith("import math\ndef") for problem, _ in tried)
 
 
 @linux
