@@ -11,7 +11,8 @@ What is measured:
   --subnets, --subnet NAMES
                         such as w1-d4,w0.5-d2; default: the whole palette
   --device DEVICE       cpu, cuda, ...; default cpu
-  --dtype DTYPE         of the weights: float32 (the default), bfloat16 or float16
+  --dtype DTYPE         of the weights: float32 (the default), bfloat16 or float16; or int8, as ONNX
+                        beside float32 as ONNX; needs onnx, onnxscript and onnxruntime
   --model DIR           the base checkpoint; default: as in the run
   --data-dir DIR        holds the task's folder, such as SST-2/; default: as in the run
 
@@ -25,7 +26,7 @@ Or one of these:
   --plot FILE           score against parameters and latency; .png, .svg or .pdf; needs matplotlib
   --export SUBNET DIR   a checkpoint: config.json, model.safetensors, the tokenizer, a model card
   --pad-heads           with it: heads of zeros, where the transformers library needs them to load
-  --onnx                with it: model.onnx, in float32; needs onnx, onnxscript and onnxruntime
+  --onnx [FORMAT]       with it: model.onnx in float32 (the default) or int8; needs the same three
   --predict [TEXT]      by --subnet NAME: label and probabilities, of a pair with a tab between; a
                         decoder continues it. Without TEXT, or with -: each line of standard input
   --humaneval FILE      pass@k (Chen et al., 2021) on HumanEval.jsonl.gz, of openai/human-eval
@@ -40,7 +41,7 @@ Or one of these:
 A run folder holds what mlfs.py leaves, and what is measured here:
   run.json              all settings, the base checkpoint and its sha256, the subnets' shapes
   log.jsonl             losses and validation scores, by stage and step
-  palette.json, .md     a row per subnet: sizes, scores and, once measured here, latencies
+  palette.json, .md     a row per subnet: sizes, scores and, once measured here, latencies; int8
   adapters.safetensors  A_s, B_s, the head, the permutation: all to keep beside the base model
   state.safetensors     what a stopped training goes on from
   humaneval-*.jsonl     a subnet's judged completions; the same command goes on with them
@@ -177,6 +178,11 @@ def quality(row, metric):
     return f"{show(metric, row['score'])} ± {show(metric, row['stderr'])}"
 
 
+def called(row):
+    """A subnet's name; of a file also its number format."""
+    return f"{row['name']} in {row['dtype']}" if "dtype" in row else row["name"]
+
+
 def gain(metric, old, new):
     """How much better `new` is: a loss is better when it is lower."""
     return old - new if metric == "loss" else new - old
@@ -278,24 +284,23 @@ def palette(model, space, task, splits):
 
 
 @torch.inference_mode()
-def latency(model, space, batch_size=1, length=128, rounds=5, runs=4):
-    """A row per subnet: how long a forward pass takes, in milliseconds; adapters merged before.
+def latency(extract, space, batch_size=1, length=128, rounds=5, runs=4):
+    """A row per subnet: how long a forward pass takes, in milliseconds.
 
-    "latency_ms" is the median of the stand-alone model (`extract`), "latency_ms_range" its 10% and
+    "latency_ms" is the median of the stand-alone model, extract(Φ), "latency_ms_range" its 10% and
     90% quantiles. Every round visits every subnet and warms it up, so that a drift of the machine
     hits all alike.
     """
-    device = model.device
-    ids = torch.ones(batch_size, length, dtype=torch.long, device=device)
     times = [[] for _ in space]
     for _ in range(rounds):
         for phi, own in zip(space, times):
-            small = model.extract(phi)                               # one copy at a time
+            small = extract(phi)                                     # one copy at a time
+            ids = torch.ones(batch_size, length, dtype=torch.long, device=small.device)
             for run in range(1 + runs):
                 start = time.perf_counter()
                 small(ids, features=())
-                if device.type != "cpu":             # which has only been told what to do
-                    torch.accelerator.synchronize(device)
+                if ids.device.type != "cpu":         # which has only been told what to do
+                    torch.accelerator.synchronize(ids.device)
                 if run > 0:                          # the first warms up
                     own.append(1e3 * (time.perf_counter() - start))
     quantiles = [np.quantile(own, (0.1, 0.5, 0.9)).tolist() for own in times]
@@ -306,7 +311,8 @@ def latency(model, space, batch_size=1, length=128, rounds=5, runs=4):
 def choose(rows, budget, metric):
     """The rows within the budget, best first; budget maps a key of a row to its largest value.
 
-    The one-standard-error rule: of those within a standard error of the best, the smallest wins.
+    The one-standard-error rule: of those within a standard error of the best, the smallest on disk
+    wins.
     ValueError if a row lacks what the budget limits.
     """
     def worth(row):                                                  # what is not a number is worst
@@ -314,13 +320,13 @@ def choose(rows, budget, metric):
 
     for row in rows:
         for key in budget.keys() - row.keys():
-            raise ValueError(f"{row['name']} has no {key}: measure it first")
+            raise ValueError(f"{called(row)} has no {key}: measure it first")
     left = [row for row in rows if all(row[key] <= most for key, most in budget.items())]
     chosen = []
     while left:
         top = max(left, key=worth)
         tied = [row for row in left if row is top or worth(top) - worth(row) <= top["stderr"]]
-        chosen.append(min(tied, key=lambda row: (row["parameters"], -worth(row))))
+        chosen.append(min(tied, key=lambda row: (row["size_mb"], -worth(row))))
         left.remove(chosen[-1])
     return chosen
 
@@ -339,14 +345,16 @@ def millions(count):
 
 
 COLUMNS = {                                          # of a row, with their headings
-    "name": "subnet", "heads": "heads", "intermediate_size": "FFN", "hidden_size": "hidden",
-    "layers": "layers", "parameters": "parameters", "encoder_parameters": "encoder",
-    "macs": "MACs per token", "size_mb": "on disk", "score": "score", "stderr": "± s.e.",
-    "latency_ms": "median ms [10%, 90%]",
+    "name": "subnet", "dtype": "weights", "heads": "heads", "intermediate_size": "FFN",
+    "hidden_size": "hidden", "layers": "layers", "parameters": "parameters",
+    "encoder_parameters": "encoder", "macs": "MACs per token", "size_mb": "on disk",
+    "score": "score", "stderr": "± s.e.",
+    "latency_ms": "median ms [10%, 90%]", "one_thread_ms": "by one thread",
 }
 COSTS = {                                            # of these, what a subnet saves; its format
     "parameters": millions, "encoder_parameters": millions, "macs": millions,
     "size_mb": "{:.1f} MB".format, "latency_ms": "{:.2f}".format,
+    "one_thread_ms": "{:.2f}".format,
 }
 
 
@@ -422,25 +430,28 @@ def picture(path, panels):
 
 
 def plot_palette(path, rows, metric, heading, maxnet):
-    """Score against parameters and against latency, with standard errors; the teacher's score, and
-    its slices before stages 1 and 2."""
+    """Score against size on disk and against latency, with standard errors; the teacher's score,
+    and its slices before stages 1 and 2."""
     points = 1 if metric == "loss" else 100
-    scores = [points * row["score"] for row in rows]
-    errors = [points * row["stderr"] for row in rows]
+    formats = dict.fromkeys(row.get("dtype", "MLFS") for row in rows)
     with picture(path, 2) as (figure, (left, right)):
         figure.suptitle(heading)
         left.set_ylabel(metric)
-        for axis, key, unit, label in ((left, "parameters", 1e6, "parameters, millions"),
-                                       (right, "latency_ms", 1, "latency, ms")):
+        for axis, key, label in ((left, "size_mb", "size, MB"),
+                                 (right, "latency_ms", "latency, ms")):
             axis.set_xlabel(label)
-            costs = [row[key] / unit for row in rows]
+            for name in reversed(formats):           # the first one's sizes are left in `costs`
+                own = [row for row in rows if row.get("dtype", "MLFS") == name]
+                costs = [row[key] for row in own]
+                scores = [points * row["score"] for row in own]
+                errors = [points * row["stderr"] for row in own]
+                axis.errorbar(costs, scores, errors, fmt="o", capsize=2, label=name)
+                for row, cost, score in zip(own, costs, scores):
+                    axis.text(cost, score, row["name"], fontsize=7, verticalalignment="top")
             for moment, mark in (("sliced teacher", "x"), ("reordered", "+")):
                 if moment in maxnet:
-                    old = [points * row["history"][moment] for row in rows]
+                    old = [points * row["history"][moment] for row in own]
                     axis.plot(costs, old, mark, color="gray", label=f"{moment}, not trained yet")
-            axis.errorbar(costs, scores, errors, fmt="o", capsize=2, label="MLFS")
-            for row, cost, score in zip(rows, costs, scores):
-                axis.text(cost, score, row["name"], fontsize=7, verticalalignment="top")
             if "sliced teacher" in maxnet:           # its history: at that moment it is the teacher
                 axis.axhline(points * maxnet["sliced teacher"], linestyle=":", label="teacher")
             axis.grid(alpha=0.3)
@@ -478,9 +489,9 @@ def is_empty(folder):
                                    for path in folder.iterdir())
 
 
-def export(small, folder, base, labels, card, onnx=False):
+def export(small, folder, base, labels, card, onnx=None):
     """An ordinary checkpoint of a merged subnet: config.json, model.safetensors, the base's
-    tokenizer, a model card and, if wanted, model.onnx.
+    tokenizer, a model card and, if wanted, model.onnx in "float32" or "int8".
     """
     with new_folder(folder) as beside:
         save_pretrained(small, beside, labels)
@@ -490,7 +501,11 @@ def export(small, folder, base, labels, card, onnx=False):
         export_tokenizer(small, beside, data.load_tokenizer(base))
         write_text(beside / "README.md", card)
         if onnx:
-            export_onnx(small, beside / "model.onnx")
+            path = beside / "model.onnx"
+            export_onnx(small, path)
+        if onnx == "int8":
+            quantise(path, path)
+            Path(f"{path}.data").unlink(missing_ok=True)             # of float32, over 2 GiB
 
 
 def export_tokenizer(small, folder, tokenizer):
@@ -558,25 +573,75 @@ def export_onnx(small, path):
 
     ValueError if onnxruntime's logits differ by more than 1e-3 from ours.
     """
-    import onnxruntime  # an optional extra, as is onnxscript, in torch
-
     model = Logits(small.float())
     room = small.max_tokens
     example = onnx_inputs(small, 2, min(8, room))
     axes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length", max=room)}
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")                              # torch's, on its own workings
+    with quietly():
         torch.onnx.export(model, tuple(example.values()), path, input_names=list(example),
                           output_names=["logits"], dynamic_shapes=dict.fromkeys(example, axes),
                           dynamo=True, verbose=False,
                           external_data=False)       # but for more than a file can hold, 2 GiB
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     x = onnx_inputs(small, 3, min(128, room))        # of another shape than it was traced with
-    z = session.run(None, {name: part.numpy() for name, part in x.items()})[0]
-    away = (torch.from_numpy(z) - model(**x).detach()).abs()
-    if not away.max() <= 1e-3:                                       # not a number fails, too
-        raise ValueError(f"{path.name}: its logits differ by {away.max():.1e} from PyTorch's")
+    z, _ = OnnxFile(path, small)(*x.values())
+    away = (z - model(**x).detach()).abs().max()
+    if not away <= 1e-3:                                             # not a number fails, too
+        raise ValueError(f"{path.name}: its logits differ by {away:.1e} from PyTorch's")
+
+
+def quantise(path, target):
+    """A float32 file in int8: matrices with a scale per output, an embedding with one scale.
+
+    Between its products all stays float32: each rounds what it reads, by the range met just then.
+    """
+    from onnxruntime.quantization import quantize_dynamic
+
+    with replacing(target) as beside, quietly():
+        quantize_dynamic(path, beside, per_channel=True)
+
+
+@contextmanager
+def quietly():
+    """Without the warnings of torch and onnxruntime, which are of their own workings."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(logging.NOTSET)
+
+
+class OnnxFile:
+    """One subnet's ONNX file, run by onnxruntime; it answers where the model itself is asked."""
+    device = torch.device("cpu")
+
+    def __init__(self, path, model, threads=0):
+        import onnxruntime  # an optional extra, as is onnxscript, in torch
+
+        self.maxnet = model.maxnet
+        self.max_tokens = model.max_tokens
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads       # 0: as many as the machine has cores
+        self.session = onnxruntime.InferenceSession(path, options,
+                                                    providers=["CPUExecutionProvider"])
+
+    def __call__(self, ids, mask=None, segments=None, phi=None, features=()):
+        """z, and no hidden states."""
+        x = {"input_ids": ids,
+             "attention_mask": torch.ones_like(ids) if mask is None else mask,
+             "token_type_ids": torch.zeros_like(ids) if segments is None else segments}
+        x = {part.name: x[part.name].numpy() for part in self.session.get_inputs()}
+        return torch.from_numpy(self.session.run(None, x)[0]), {}
+
+    def encode(self, ids, mask, phi, cache=None, features=()):
+        """Logits, where a model has last states. A file has no cache: it reads all tokens again."""
+        if cache is not None:
+            ids = cache.parts["ids"] = torch.cat((cache.parts.get("ids", ids[:, :0]), ids), 1)
+        return self(ids, mask)
+
+    def logits(self, last):
+        return last
 
 
 def model_card(run, rows, metric, form, dtype, where):
@@ -1261,37 +1326,44 @@ def cut_log(path, state):
     write_text(path, "".join(kept))
 
 
-def write_palette(folder, settings, task, rows, measured):
-    """palette.json and palette.md, each replaced as a whole; measured: of which adapters, how."""
+def write_palette(folder, settings, task, rows, measured, files=None):
+    """palette.json and palette.md, each replaced as a whole; measured: of which adapters, how.
+
+    files: the same two of ONNX files, as {"measured", "subnets"}.
+    """
     note = settings["note"]
     metric = task.metrics[0]
     content = {"task": settings["task"], "metric": metric, "note": note, "measured": measured,
                "subnets": rows}
     text = f"**{note}**\n\n" if note else ""
     text += f"{title(settings, metric)}\n\n{final_table(rows, metric)}\n"
-    if "length" in measured:
-        text += f"\n{table(rows, COLUMNS, metric)}\n\n{conditions(measured)}\n"
+    for part in (content, files or NONE):
+        if "length" in part["measured"]:
+            text += f"\n{table(part['subnets'], COLUMNS, metric)}\n\n"
+            text += f"{conditions(part['measured'])}\n"
+    if files:
+        content["files"] = files
     write_json(Path(folder, "palette.json"), content)
     write_text(Path(folder, "palette.md"), text)
 
 
-OPTIONAL = {"history": {str: float}, "latency_ms": float,            # what a row may have as well
-            "latency_ms_range": [float]}
+OPTIONAL = {"history": {str: float}, "dtype": str,                   # what a row may have as well
+            "latency_ms": float, "latency_ms_range": [float],
+            "one_thread_ms": float, "one_thread_ms_range": [float]}
+NONE = {"measured": {}, "subnets": []}
 
 
 def read_palette(folder):
-    """palette.json: "measured" and "subnets"; nothing in them if there is no such file.
+    """palette.json: "measured" and "subnets", and the same of ONNX files; empty if there is none.
 
     ValueError if it lacks what `write_palette` writes. Earlier versions wrote a "sha256" as well.
     """
     path = Path(folder, "palette.json")
-    if not path.exists():
-        return {"measured": {}, "subnets": []}
-    content = read_json(path)
+    content = {"files": {**NONE}} | (read_json(path) if path.exists() else NONE)
     with naming(f"{path} was damaged or edited; delete it, and evaluate.py measures anew"):
-        form = SIZES | {"score": float, "stderr": float}
-        check_form(content, {"measured": dict, "subnets": [form]})
-        for row in content["subnets"]:
+        form = {"measured": dict, "subnets": [SIZES | {"score": float, "stderr": float}]}
+        check_form(content, form | {"files": form})
+        for row in content["subnets"] + content["files"]["subnets"]:
             check_form(row, {key: kind for key, kind in OPTIONAL.items() if key in row})
     return content
 
@@ -1431,6 +1503,10 @@ def exit_on_bad_input(main):
         return 130
 
 
+# int8 is made of float32.
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
+          "int8": torch.float32}
+FILES = ("float32", "int8")                          # the number formats of ONNX files
 BUDGETS = {"max_params": ("parameters", "parameters"), "max_macs": ("macs", "MACs per token"),
            "max_size_mb": ("size_mb", "MB"), "max_latency_ms": ("latency_ms", "ms")}
 
@@ -1456,7 +1532,7 @@ def parse_arguments(argv):
     add("run", type=Path, metavar="RUN")
     add("--subnets", "--subnet")
     add("--device", default="cpu")
-    add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    add("--dtype", default="float32", choices=DTYPES)
     add("--model", type=Path)
     add("--data-dir", type=Path)
     for budget in BUDGETS:
@@ -1466,7 +1542,8 @@ def parse_arguments(argv):
     one_of("--export", nargs=2, type=os.path.expanduser)
     one_of("--predict", nargs="?", const="-")
     one_of("--humaneval", type=Path)
-    for switch in ("--pad-heads", "--onnx", "--allow-code-execution"):
+    add("--onnx", nargs="?", const="float32", choices=FILES)
+    for switch in ("--pad-heads", "--allow-code-execution"):
         add(switch, action="store_true")
     numbers = {"--samples": 1, "--batch-size": 16, "--max-new-tokens": 256,
                "--temperature": 0.0, "--top-p": 1.0}
@@ -1496,6 +1573,11 @@ def check_options(args):
         raise ValueError("--samples above 1 need a --temperature: greedy text is always the same")
     if (args.pad_heads or args.onnx) and not args.export:
         raise ValueError("--pad-heads and --onnx go with --export SUBNET DIR")
+    if args.dtype == "int8" and (args.export or args.device != "cpu"):
+        raise ValueError("--dtype int8 is measured on a cpu; --export SUBNET DIR --onnx int8 "
+                         "exports it")
+    if args.onnx or args.dtype == "int8":
+        require_package("ONNX", "onnx", "onnxscript", "onnxruntime")
     if args.budget and any((args.predict is not None, args.humaneval, args.export)):
         raise ValueError("--max-..., --export, --predict, --humaneval: do one at a time")
 
@@ -1505,8 +1587,6 @@ def check_targets(args):
     path = args.plot or Path(args.export[1])
     if path.exists() and not is_empty(path):
         raise FileExistsError(f"{path} exists already; choose another name, or delete it")
-    if args.onnx:
-        require_package("--onnx", "onnx", "onnxscript", "onnxruntime")
     if args.plot:
         if path.suffix not in (".png", ".svg", ".pdf") or not path.parent.is_dir():
             raise ValueError(f"--plot {path}: name a .png, .svg or .pdf file in a folder that "
@@ -1519,7 +1599,7 @@ class Opened:
 
     def __init__(self, args):
         self.settings, model, self.space = load_run(args.run, check_device(args.device),
-                                                    getattr(torch, args.dtype), args.model)
+                                                    DTYPES[args.dtype], args.model)
         names = [phi.name for phi in self.space]
         asked = args.export[0] if args.export else args.subnets
         wanted = names if asked is None else asked.split(",")
@@ -1559,26 +1639,40 @@ def print_palette(args, run):
     metric = run.task.metrics[0]
     heading = title(run.settings, metric)
     stored = read_palette(args.run)
-    now = {"adapters": run.settings["adapters"], "dtype": args.dtype,
-           "device": device_name(args.device), "threads": torch.get_num_threads(), "batch_size": 1,
-           "length": min(128, run.model.max_tokens), "torch": torch.__version__}
-    rows = stored_rows(args, stored, now)
-    where = conditions(stored["measured"] if rows else now)
+    now = conditions_now(args, run, args.dtype)
+    part = stored["files"] if args.dtype == "int8" else stored
+    rows = stored_rows(args, part, now)
+    where = conditions(part["measured"] if rows else now)
     if not rows:
         rows = measured_rows(args, run, stored, now)
         print(heading, table(rows, COLUMNS, metric), where, sep="\n\n", flush=True)
+        part |= {"measured": now, "subnets": rows}
         try:
-            if len(rows) == len(run.space):          # a part replaces no whole palette
-                write_palette(args.run, run.settings, run.task, rows, now)
+            if run.subnets == run.space:             # a part replaces no whole palette
+                write_palette(args.run, run.settings, run.task, stored["subnets"],
+                              stored["measured"], stored["files"])
         except OSError as error:                     # the answer is given all the same
             print(f"warning: the palette could not be stored: {error}", file=sys.stderr)
     names = [phi.name for phi in run.subnets]
     shown = [row for row in rows if row["name"] in names]
+    if args.dtype != "int8":
+        files = stored_rows(args, stored["files"], conditions_now(args, run, "int8"))
+        shown += [row for row in files if row["name"] in names and row["dtype"] == "int8"]
+        if len(shown) > len(names):
+            where += f"\n{conditions(stored['files']['measured'])}"
     if args.plot:
         plot_palette(args.plot, shown, metric, heading, rows[0].get("history", {}))
     if args.export:
-        ship(args, run, [rows[0], shown[0]], where)
+        ship(args, run, [rows[0], *shown], where)
     return print_choice(shown, args.budget, metric, where) if args.budget else 0
+
+
+def conditions_now(args, run, dtype):
+    """How a palette would be measured now: what decides whether a stored one answers."""
+    threads = usable_cores() if dtype == "int8" else torch.get_num_threads()
+    return {"adapters": run.settings["adapters"], "dtype": dtype,
+            "device": device_name(args.device), "threads": threads, "batch_size": 1,
+            "length": min(128, run.model.max_tokens), "torch": torch.__version__}
 
 
 def stored_rows(args, stored, now):
@@ -1608,37 +1702,86 @@ def measured_rows(args, run, stored, now):
         examples = data.encode(run.tokenizer, texts, hp["max_length"])
         splits[name] = data.draw(examples, hp["dev_examples"])
     space = [phi for phi in run.space if phi == run.space[0] or phi in run.subnets]
-    scored = palette(run.model, space, run.task, splits)
-    timed = latency(run.model, space, now["batch_size"], now["length"])
+    if args.dtype == "int8":
+        rows = file_rows(run, space, splits, now)
+    else:
+        timed = latency(run.model.extract, space, now["batch_size"], now["length"])
+        scored = palette(run.model, space, run.task, splits)
+        rows = [row | times for row, times in zip(scored, timed)]
     past = {row["name"]: row for row in stored["subnets"]}
-    return [past.get(row["name"], {}) | row | times for row, times in zip(scored, timed)]
+    return [past.get(row["name"], {}) | row for row in rows]
+
+
+def file_rows(run, space, splits, now):
+    """A row per subnet and number format, of ONNX files in onnxruntime."""
+    import onnxruntime
+
+    now["onnxruntime"] = onnxruntime.__version__
+    rows = []
+    paths = []
+    with tempfile.TemporaryDirectory() as folder:
+        for phi in space:
+            files = {dtype: Path(folder, f"{phi.name}-{dtype}.onnx") for dtype in FILES}
+            export_onnx(run.model.extract(phi), files["float32"])
+            quantise(*files.values())
+            for dtype, path in files.items():
+                row = describe(run.model, phi) | {"dtype": dtype}
+                row |= evaluate(OnnxFile(path, run.model), phi, run.task, splits)
+                rows.append(row | {"size_mb": path.stat().st_size / 1e6})
+                paths.append(path)
+        for threads, what in ((now["threads"], "latency"), (1, "one_thread")):
+            opened = partial(OnnxFile, model=run.model, threads=threads)
+            timed = latency(opened, paths, now["batch_size"], now["length"])
+            for row, times in zip(rows, timed):
+                row |= {key.replace("latency", what): value for key, value in times.items()}
+    return rows
 
 
 def ship(args, run, rows, where):
-    """--export, and what the transformers library can make of it; rows: the maxnet's, its own."""
+    """--export, and what the transformers library can make of it.
+
+    rows: the maxnet's, its own and, if it was measured, that of its int8 file.
+    """
     # Their sizes on disk in --dtype, which may not be the one that they were measured in.
-    maxnet, row = (row | describe(run.model, subnet(row)) for row in rows)
+    maxnet, row = (row | describe(run.model, subnet(row)) for row in rows[:2])
     small, form = common_form(run.model.extract(run.subnets[0]), args.pad_heads)
     if args.pad_heads:                               # what was measured had no heads of zeros
         row = {key: value for key, value in row.items() if not key.endswith("_ms")}
         row |= describe(small, small.maxnet) | {"name": row["name"], "layers": row["layers"]}
-    card = model_card(run.settings, [maxnet, row], run.task.metrics[0], form, args.dtype, where)
-    small = small.to(getattr(torch, args.dtype)).cpu()
+    metric = run.task.metrics[0]
+    if args.onnx:
+        form += f" model.onnx is in {args.onnx}."
+    if args.onnx == "int8":
+        form += "".join(f" Its {metric}: {quality(file, metric)}." for file in rows[2:])
+    card = model_card(run.settings, [maxnet, row], metric, form, args.dtype, where)
+    small = small.to(DTYPES[args.dtype]).cpu()
     name, folder = args.export
     export(small, folder, run.settings["base"]["folder"], run.task.labels, card, args.onnx)
     print(f"Wrote {name} to {folder}: {row['size_mb']:.1f} MB in {args.dtype}. {form}")
 
 
+def stand_alone(args, model, phi):
+    """Φ's own model, cut out; in int8 its ONNX file."""
+    small = model.extract(phi)
+    if args.dtype == "int8":
+        with tempfile.TemporaryDirectory() as folder:                # the file is read at once
+            path = Path(folder, "model.onnx")
+            export_onnx(small, path)
+            quantise(path, path)
+            small = OnnxFile(path, small)
+    return small
+
+
 def print_predictions(args, run):
     """--predict: a line for TEXT or for each line of standard input, as soon as it is there."""
-    small = run.model.extract(run.subnets[0])
+    small = stand_alone(args, run.model, run.subnets[0])
     lines = [os.fsencode(args.predict)]
     if args.predict == "-":
         lines = (line.rstrip(b"\r\n") for line in getattr(sys.stdin, "buffer", ()))
     for number, line in enumerate(lines, 1):
         with naming(f"--predict, line {number}"):
             text = line.decode()
-            if isinstance(small, Decoder):
+            if isinstance(run.model, Decoder):
                 report = text + generate(small, run.tokenizer, [text], args.max_new_tokens,
                                          args.temperature, args.top_p)[0]
             else:
@@ -1655,13 +1798,13 @@ def print_choice(rows, budget, metric, where):
 
     chosen = choose(rows, budget, metric)
     if not chosen:
-        least = min(rows, key=lambda row: row["parameters"])
-        print(f"error: no subnet fits within {costs(budget)}; the smallest, {least['name']}, has "
+        least = min(rows, key=lambda row: row["size_mb"])
+        print(f"error: no subnet fits within {costs(budget)}; the smallest, {called(least)}, has "
               f"{costs(least)}", file=sys.stderr)
         return 3
     print(f"Within {costs(budget)}, best first:")
     for row in chosen[:2]:
-        print(f"{row['name']} ({quality(row, metric)}): {costs(row)}")
+        print(f"{called(row)} ({quality(row, metric)}): {costs(row)}")
     print(where)
     return 0
 
@@ -1677,7 +1820,7 @@ def print_humaneval(args, run, problems):
                 if len(run.tokenizer.encode(problem["prompt"]).ids) >= run.model.max_tokens]
     for phi in run.subnets:
         path = args.run / f"humaneval-{phi.name}.jsonl"
-        found = humaneval(run.model.extract(phi), run.tokenizer, problems, path, origin,
+        found = humaneval(stand_alone(args, run.model, phi), run.tokenizer, problems, path, origin,
                           args.samples, args.batch_size, too_long, **settings)
         unjudged = path.read_text().count('"failed: PicklingError"')
         points = ", ".join(f"{name} {100 * value:.1f}" for name, value in found.items())

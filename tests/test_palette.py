@@ -88,7 +88,8 @@ def rewrite(folder, change) -> None:
 
 
 def row(name: str, parameters: int, score: float, stderr: float = 0.01, **more) -> dict:
-    return {"name": name, "parameters": parameters, "score": score, "stderr": stderr} | more
+    sizes = {"parameters": parameters, "size_mb": 4e-6 * parameters}
+    return {"name": name, "score": score, "stderr": stderr} | sizes | more
 
 
 # ------------------------------------------------------------------------------------- measuring
@@ -140,7 +141,7 @@ def test_latency_visits_every_subnet_in_every_round_and_warms_up(tiny, monkeypat
     monkeypatch.setattr(SuperTransformer, "forward", forward)
     monkeypatch.setattr(evaluate.time, "perf_counter", lambda: clock[0])
     space = [tiny.maxnet, SubnetConfig(16, 2, 12, (1, 3))]
-    rows = evaluate.latency(tiny, space, batch_size=3, length=5, rounds=2, runs=3)
+    rows = evaluate.latency(tiny.extract, space, batch_size=3, length=5, rounds=2, runs=3)
     assert [depth for depth, _ in visits] == [4, 2, 4, 2]
     assert all(passes == ["alone"] * 4 for _, passes in visits)
     for depth, timed in zip((4, 2), rows):

@@ -37,15 +37,13 @@ def medians(contestants: dict[str, Callable], rounds: int) -> dict[str, float]:
     return {name: float(np.median(some[1:])) for name, some in times.items()}
 
 
-class InPlace:
-    """A model whose subnets are not cut out: `evaluate.latency` then times the slices in place."""
-
-    def __init__(self, model):
-        self.model = model
-        self.device = model.device
-
-    def extract(self, phi):
-        return partial(self.model, phi=phi)
+def in_place(model) -> Callable:
+    """In place of model.extract: `evaluate.latency` then times slices that are not cut out."""
+    def use(phi):
+        slice = partial(model, phi=phi)
+        slice.device = model.device
+        return slice
+    return use
 
 
 @torch.inference_mode()
@@ -58,8 +56,8 @@ def main(dtype: torch.dtype) -> None:
           f"{torch.__version__}\n\nBatch 1, 128 tokens:")
 
     shown = [space[0], space[6], space[-1]]
-    rows = evaluate.latency(ours, shown, runs=8)
-    slices = evaluate.latency(InPlace(ours), shown, runs=8)
+    rows = evaluate.latency(ours.extract, shown, runs=8)
+    slices = evaluate.latency(in_place(ours), shown, runs=8)
     for phi, row, own in zip(shown, rows, slices):
         ms = row["latency_ms"]
         print(f"  {phi.name:8} extracted {ms:6.1f} ms ({ms / rows[0]['latency_ms']:.2f} of the "

@@ -554,8 +554,8 @@ def latency(at, report):
         space = palette_of(at, name, model)
         for batch in batches:
             what = f"latency, {name}'s shape, {dtype}, {batch} x 128"
-            rows = evaluate.latency(model, space, batch, 128, rounds=4, runs=3)
-            slices = evaluate.latency(bench_latency.InPlace(model), space, batch, 128, 4, 3)
+            rows = evaluate.latency(model.extract, space, batch, 128, rounds=4, runs=3)
+            slices = evaluate.latency(bench_latency.in_place(model), space, batch, 128, 4, 3)
             report.add(what, cut={phi.name: row["latency_ms"] for phi, row in zip(space, rows)},
                        in_place={phi.name: row["latency_ms"] for phi, row in zip(space, slices)})
             report.add(f"{what}, the whole", **against_theirs(at, model, theirs, batch, 128))
