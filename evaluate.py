@@ -631,7 +631,7 @@ class OnnxFile:
         x = {"input_ids": ids,
              "attention_mask": torch.ones_like(ids) if mask is None else mask,
              "token_type_ids": torch.zeros_like(ids) if segments is None else segments}
-        x = {part.name: x[part.name].numpy() for part in self.session.get_inputs()}
+        x = {part.name: x[part.name].long().numpy() for part in self.session.get_inputs()}
         return torch.from_numpy(self.session.run(None, x)[0]), {}
 
     def encode(self, ids, mask, phi, cache=None, features=()):
