@@ -1,21 +1,24 @@
-"""What training costs: against transformers + PEFT, the share of matrix products, how it all grows.
+"""What training costs: against transformers + PEFT, where the time goes, a palette, how it grows.
 
-    pip install transformers==5.23.0 peft==0.21.2
-    python tests/by_hand/bench_train.py MINILM GLUE [bfloat16|float32]
+    pip install transformers==5.24.0 peft==0.21.2
+    python tests/by_hand/bench_train.py                            # random weights and sentences
+    python tests/by_hand/bench_train.py --model MINILM --glue GLUE # a checkpoint, and SST-2/ there
+    python tests/by_hand/bench_train.py --short --minutes 7        # without start-up and growth
 
-MINILM: folder of a BERT checkpoint; GLUE: the folder that holds SST-2/. Contestants take turns,
-step by step, each in a process of its own. Not a test: run it by hand on a quiet machine (7 to 15
-minutes a dtype).
+Contestants take turns, step by step, each in a process of its own. A contest for each number of
+threads and each dtype runs on cores of its own; where there are too few, one after the other.
+Without MINILM the weights are random and of its shape. Without GLUE the tokens are random, the
+lengths SST-2's. Not a test: run it by hand on a quiet machine (20 minutes; --short: 8).
 """
-import itertools
+import argparse
 import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Callable, Iterator
 
 import numpy as np
 import torch
@@ -26,24 +29,41 @@ sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 import evaluate  # noqa: E402
 import mlfs  # noqa: E402
-from model import Bert, SuperTransformer, initialise, load_pretrained  # noqa: E402
+from model import (  # noqa: E402
+    Bert,
+    initialise,
+    load_pretrained,
+    pad_heads,
+    save_pretrained,
+)
 
 # ------------------------------------------------------------------- what takes turns: step by step
 
-def sst2(minilm: str, glue: str) -> data.Examples:
-    """12,800 training sentences."""
-    rows = data.load_table(data.GLUE["sst2"], "train", glue)
-    rows = data.Rows(rows.texts[:12800], rows.labels[:12800])
-    return data.encode(data.load_tokenizer(minilm), rows, 128)
+# Of SST-2's 67,349 training sentences, in BERT's tokens: 0, 5, 10, ... 100% have at most so many.
+SST2_LENGTHS = (3, 4, 4, 5, 6, 6, 7, 8, 8, 9, 10, 11, 13, 14, 16, 18, 20, 23, 27, 33, 66)
+SST2_BATCHES = 1053                                  # of 64, in an epoch
+EPOCHS = 3                                           # the paper's for SST-2
 
 
-def random_examples(rows: int, tokens: int) -> data.Examples:
+def sst2(minilm, glue):
+    """12,800 training sentences; without GLUE tokens at random, in lengths like theirs."""
+    if glue:
+        rows = data.load_table(data.GLUE["sst2"], "train", glue)
+        rows = data.Rows(rows.texts[:12800], rows.labels[:12800])
+        return data.encode(data.load_tokenizer(minilm), rows, 128)
+    shares = np.random.default_rng(0).random(12800)
+    lengths = np.interp(shares, np.linspace(0, 1, len(SST2_LENGTHS)), SST2_LENGTHS)
+    return random_examples(lengths.round().astype(int))
+
+
+def random_examples(lengths):
     rng = np.random.default_rng(0)
-    ids = [np.array(r, dtype=np.int32) for r in rng.integers(1000, 30000, (rows, tokens))]
-    return data.Examples(ids, [np.zeros(tokens, dtype=np.int8)] * rows, rng.integers(0, 2, rows))
+    ids = [rng.integers(1000, 30000, n, dtype=np.int32) for n in lengths]
+    segments = [np.zeros(n, dtype=np.int8) for n in lengths]
+    return data.Examples(ids, segments, rng.integers(0, 2, len(ids)))
 
 
-def random_bert(layers: int, dtype: torch.dtype, hidden: int = 384) -> Bert:
+def random_bert(layers, dtype, hidden=384):
     """MiniLM's shape (heads of 32, FFN of 4 x hidden) with so many layers, random weights."""
     config = {"model_type": "bert", "vocab_size": 30522, "hidden_size": hidden, "head_dim": 32,
               "num_attention_heads": hidden // 32, "intermediate_size": 4 * hidden,
@@ -55,43 +75,73 @@ def random_bert(layers: int, dtype: torch.dtype, hidden: int = 384) -> Bert:
     return model
 
 
-def iterations(model: SuperTransformer, examples: data.Examples, stage: int = 0, shares: int = 3,
-               **options) -> Iterator[mlfs.Updated]:
+def setting(stage, **options):
+    return mlfs.HyperParameters(epochs=tuple(99 * (s == stage) for s in range(3)), gamma=1.0,
+                                reorder=False, **options)
+
+
+def iterations(model, examples, stage=0, shares=3, **options):
     """Those of one stage, by `mlfs` itself; shares: so many widths and so many depths in 𝒜."""
-    hp = mlfs.HyperParameters(epochs=tuple(99 * (s == stage) for s in range(3)), gamma=1.0,
-                              reorder=False, **options)
     parts = [1 - i / 12 for i in range(shares)], [1 - i / 8 for i in range(shares)]
     space = mlfs.configuration_space(model.maxnet, *(parts if shares != 3 else ()))
-    return (at for at in mlfs.mlfs(model, examples, space, hp) if isinstance(at, mlfs.Updated))
+    run = mlfs.mlfs(model, examples, space, setting(stage, **options))
+    return (at for at in run if isinstance(at, mlfs.Updated))
 
 
-def ours(minilm: str, glue: str, dtype: str, stage: int = 0) -> Iterator:
+def ours(minilm, glue, dtype, stage=0):
     model = load_pretrained(minilm, 2, getattr(torch, dtype))
     return iterations(model, sst2(minilm, glue), stage)
 
 
-def theirs(minilm: str, glue: str, dtype: str, attention: str) -> Iterator:
+def theirs(minilm, glue, dtype, form, attention):
     """LoRA with the PEFT library: the same adapters, head, batches, optimiser and clipping."""
+    model = their_bert(minilm, form, attention)
+    return lora_steps(model, batches(minilm, glue, 0), ENCODER, **FORMS[form][1])
+
+
+def batches(minilm, glue, stage):
+    """(x, y), the very batches that `ours` takes in this stage."""
+    found = mlfs.mini_batches(sst2(minilm, glue), setting(stage), stage, 0, "cpu")
+    return ((batch.x, batch.y) for _, batch in found)
+
+
+def their_bert(folder, form, attention):
     from transformers import BertForSequenceClassification  # to compare with, not ours
-    model = BertForSequenceClassification.from_pretrained(
-        minilm, num_labels=2, attn_implementation=attention, hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0, dtype=torch.float32)
-    batches = data.batches(sst2(minilm, glue), 64, (0, 0, 0))
-    return lora_steps(model, batches, ENCODER, dtype == "bfloat16")
+    return BertForSequenceClassification.from_pretrained(
+        folder, num_labels=2, attn_implementation=attention, hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0, dtype=FORMS[form][0])
 
 
 ENCODER = {"target_modules": ["query", "key", "value", "intermediate.dense"],
            "modules_to_save": ["pooler", "classifier"], "task_type": "SEQ_CLS"}
+# What a user of theirs may ask for: the dtype of W, and what `lora_steps` is told. All train in
+# float32 but "all bfloat16". "mixed" is PEFT's own way with weights in bfloat16: A_s and B_s in
+# float32, the head in bfloat16, a cast before and after each adapter.
+FORMS = {
+    "autocast": (torch.float32, {"autocast": True}),
+    "bf16 weights": (torch.bfloat16, {"autocast": True}),
+    "mixed": (torch.bfloat16, {"autocast": False, "trained": None}),
+    "all bfloat16": (torch.bfloat16, {"autocast": False, "trained": torch.bfloat16}),
+    "float32": (torch.float32, {"autocast": False}),
+}
+USUAL = "autocast, sdpa"
 
 
-def lora_steps(model, batches, places: dict, autocast: bool, device: str = "cpu") -> Iterator:
-    """The loss of each step of PEFT; what it trains is in float32."""
+def forms(dtype):
+    """name -> which of theirs."""
+    kinds = [form for form in FORMS if (form == "float32") == (dtype == "float32")]
+    return {f"{form}, {attention}": {"form": form, "attention": attention}
+            for form in kinds for attention in ("sdpa", "eager")}
+
+
+def lora_steps(model, batches, places, autocast, device="cpu", trained=torch.float32):
+    """The loss of each step of PEFT; what it trains is in `trained`, None: as PEFT has it."""
     from peft import LoraConfig, get_peft_model  # to compare with, not ours
     model = get_peft_model(model, LoraConfig(r=8, lora_alpha=8, **places)).train()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    for p in trained:
-        p.data = p.data.float()
-    optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.0, fused=True)
+    learned = [p for p in model.parameters() if p.requires_grad]
+    for p in learned:
+        p.data = p.data.to(trained or p.dtype)
+    optimizer = torch.optim.AdamW(learned, lr=1e-3, weight_decay=0.0, fused=True)
     for x, y in batches:
         mask = torch.ones_like(x["ids"]) if x["mask"] is None else x["mask"]
         segments = {"token_type_ids": x["segments"]} if "segments" in x else {}
@@ -99,51 +149,97 @@ def lora_steps(model, batches, places: dict, autocast: bool, device: str = "cpu"
             z = model(input_ids=x["ids"], attention_mask=mask, **segments).logits
             loss = torch.nn.functional.cross_entropy(z.float().flatten(0, -2), y.flatten())
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        torch.nn.utils.clip_grad_norm_(learned, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         yield loss.item()
 
 
-def grown(stage: int, dtype: str, num_subnets: int = 4, layers: int = 6, rows: int = 64,
-          tokens: int = 16, shares: int = 3) -> Iterator:
+def their_palette(minilm, glue, dtype, form, attention):
+    """One step for each subnet of 𝒜 in turn, all on one batch, then the next batch."""
+    model = load_pretrained(minilm, 2, torch.float32)
+    runs = []
+    for phi in mlfs.configuration_space(model.maxnet):
+        with tempfile.TemporaryDirectory() as folder:
+            # No BERT of theirs has fewer heads than hidden_size / head_dim: heads of zeros stand
+            # in, and are cut off once it is loaded. So both multiply the same matrices.
+            small = model.extract(phi)
+            save_pretrained(pad_heads(small, model.config["num_attention_heads"]), folder)
+            small = their_bert(folder, form, attention)
+        for layer in small.bert.encoder.layer:
+            cut_heads(layer.attention, phi.num_attention_heads * model.config["head_dim"])
+        runs.append(lora_steps(small, batches(minilm, glue, 2), ENCODER, **FORMS[form][1]))
+    while True:
+        yield from map(next, runs)
+
+
+def cut_heads(attention, size):
+    """All but the leading `size` rows of query, key and value go, and the columns that read them.
+    """
+    for name in ("query", "key", "value"):
+        linear = getattr(attention.self, name)
+        linear.weight.data = linear.weight[:size].clone()
+        linear.bias.data = linear.bias[:size].clone()
+        linear.out_features = size
+    reader = attention.output.dense
+    reader.weight.data = reader.weight[:, :size].clone()
+    reader.in_features = size
+
+
+def grown(stage, dtype, num_subnets=4, layers=6, rows=64, tokens=16, shares=3):
     """An iteration on random tokens, one size of which is varied."""
-    return iterations(random_bert(layers, getattr(torch, dtype)), random_examples(rows * 8, tokens),
-                      stage, shares, batch_size=rows, num_subnets=num_subnets)
+    model = random_bert(layers, getattr(torch, dtype))
+    return iterations(model, random_examples([tokens] * rows * 8), stage, shares, batch_size=rows,
+                      num_subnets=num_subnets)
+
+
+def large_product(dtype, size=2048):
+    """GMACs a second of one large product: the machine's rate."""
+    a, b = torch.randn(2, size, size).to(getattr(torch, dtype))
+    times = [timed(lambda: a @ b) for _ in range(12)]
+    return size ** 3 / 1e6 / np.median(times)
 
 
 class Contestant:
     """One of the functions above in a process of its own, which takes a step when it is told to."""
 
-    def __init__(self, name: str, **options):
-        # a user of theirs has oneDNN's own cache of 1,024 entries; see the top of model.py
-        env = os.environ | ({"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "1024"} if name == "theirs" else {})
+    def __init__(self, name, cores, **options):
+        env = os.environ | {"OMP_NUM_THREADS": str(len(cores)), "CUDA_VISIBLE_DEVICES": ""}
+        if name.startswith("their"):
+            # A user of theirs has oneDNN's own cache of 1,024 entries; see the end of model.py.
+            env["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] = "1024"
         self.process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", __file__, "--child", name, json.dumps(options)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+            [sys.executable, "-W", "ignore", __file__, "--child", name, json.dumps(cores),
+             json.dumps(options)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             env=env)
-        self.ms: list[float] = []
+        self.ms = []
 
-    def ask(self, word: str):
+    def ask(self, word):
         """step: milliseconds; products: those of the next 8 steps, bare: milliseconds and GMACs a
-        step; peak: GiB so far."""
+        step; profile: milliseconds a step by kind; rate: GMACs a second; peak: GiB so far."""
         print(word, file=self.process.stdin, flush=True)
-        return json.loads(self.process.stdout.readline())
+        answer = self.process.stdout.readline()
+        if not answer:
+            sys.exit(f"{self.process.args}: {self.process.stderr.read()[-2000:]}")
+        return json.loads(answer)
 
-    def step(self) -> None:
+    def step(self):
         self.ms.append(self.ask("step"))
 
-    def end(self) -> float:
+    def end(self):
         peak = self.ask("peak")
         self.process.communicate()
         return peak
 
 
-def serve(name: str, options: dict) -> None:
+def serve(name, cores, options):
     """The child's side of `Contestant`."""
     answers, sys.stdout = sys.stdout, sys.stderr
     steps = globals()[name](**options)
     for word in sys.stdin:
+        for thread in os.listdir("/proc/self/task"):     # only now: all cores help to start
+            os.sched_setaffinity(int(thread), cores)
         if word == "peak\n":
             answer = evaluate.peak_memory("cpu") / 2 ** 30
         elif word == "products\n":
@@ -151,12 +247,16 @@ def serve(name: str, options: dict) -> None:
                 for _ in range(8):                                   # subnets are drawn
                     next(steps)
             answer = products.milliseconds() / 8, products.macs / 8e9
+        elif word == "profile\n":
+            answer = profile(steps)
+        elif word == "rate\n":
+            answer = large_product(options["dtype"])
         else:
             answer = timed(lambda: next(steps))
         print(json.dumps(answer), file=answers, flush=True)
 
 
-def timed(run: Callable) -> float:
+def timed(run):
     """Milliseconds."""
     start = time.perf_counter()
     run()
@@ -169,7 +269,7 @@ class Products(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.calls: dict[tuple, list] = {}           # shapes -> function, operands, how often
+        self.calls = {}                              # shapes -> function, operands, how often
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function._schema.name in self.NAMES:
@@ -179,7 +279,7 @@ class Products(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
     @property
-    def macs(self) -> int:
+    def macs(self):
         """Multiplications, each with its addition."""
         total = 0
         for function, args, count in self.calls.values():
@@ -188,61 +288,183 @@ class Products(TorchDispatchMode):
             total += count * a.numel() * b.size(0 if linear else -1)
         return total
 
-    def milliseconds(self) -> float:
+    def milliseconds(self):
         with torch.no_grad():
             return sum(count * sorted(timed(lambda: function(*args)) for _ in range(5))[2]
                        for function, args, count in self.calls.values())
 
 
-# ------------------------------------------------------------------------------------- the table
+# A kind of work -> how the names of its kernels begin, or those that `mlfs` gives.
+KINDS = {
+    "products": ("mm", "addmm", "linear"),
+    "attention": ("bmm", "baddbmm", "_softmax", "_scaled_dot_product"),
+    "activation": ("gelu",),
+    "norms": ("native_layer_norm",),
+    "optimiser, clipping": ("_fused_adamw", "_foreach", "linalg_vector_norm"),
+    "copies, casts": ("copy_", "cat", "clone", "_to_copy"),
+    "sums, masks": ("add", "mul", "sum", "fill_", "embedding", "index"),
+}
 
-def take_turns(contestants: dict[str, Contestant], warm: int, steps: int) -> None:
-    for _ in range(warm + steps):
+
+def profile(steps, count=16):
+    """Milliseconds a step by kind of work, by torch's profiler; those of no kernel are the rest."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
+        total = timed(lambda: [next(steps) for _ in range(count)])
+    ms = dict.fromkeys(KINDS, 0.0)
+    kernels = 0
+    for event in found.key_averages():
+        name = event.key.removeprefix("aten::")
+        for kind, starts in KINDS.items():
+            if event.key.startswith("aten::") and name.startswith(starts):
+                ms[kind] += event.self_cpu_time_total / 1e3 / count
+                kernels += event.count / count
+                break
+    rest = "Python and the rest"
+    return ms | {rest: total / count - sum(ms.values()), "kernels": kernels}
+
+
+# ------------------------------------------------------------------------------------ the contests
+
+def take_turns(contestants, warm, steps, seconds=3600):
+    """At most so many seconds; `ms` then holds the steps after the warm ones."""
+    end = time.monotonic() + seconds
+    for done in range(warm + steps):
         for contestant in contestants.values():
             contestant.step()
+        if time.monotonic() > end and done > 8:
+            warm = min(warm, (done + 1) // 2)
+            break
     for contestant in contestants.values():
         contestant.ms = contestant.ms[warm:]
 
 
-def against_peft(where: dict, warm: int = 100, steps: int = 100) -> None:
-    print("\nStage 0, batch 64 of SST-2 by length, against transformers + PEFT (two kernels):")
-    names = {"ours": {}, "sdpa": {"attention": "sdpa"}, "eager": {"attention": "eager"}}
-    runs = {who: Contestant("theirs" if more else "ours", **where, **more)
-            for who, more in names.items()}
-    take_turns(runs, warm, steps)
-    batches = data.batches(sst2(where["minilm"], where["glue"]), 64, (0, 0, 0))
-    tokens = sum(int(x["ids"].numel() if x["mask"] is None else x["mask"].sum())
-                 for x, _ in itertools.islice(batches, warm, warm + steps))
-    speed = {who: 1e3 * tokens / sum(run.ms) for who, run in runs.items()}
-    peak = {who: run.end() for who, run in runs.items()}
-    for who, run in runs.items():
-        print(f"  {who:5} {speed[who]:5.0f} tokens/s, median step {np.median(run.ms):5.1f} ms, "
-              f"peak {peak[who]:.2f} GiB; ours/this: speed {speed['ours'] / speed[who]:.2f} (of "
-              f"medians {np.median(run.ms) / np.median(runs['ours'].ms):.2f}), memory "
-              f"{peak['ours'] / peak[who]:.2f}", flush=True)
+def against_peft(where, cores, seconds):
+    """(Table, the name of the fastest of theirs)."""
+    runs = {"ours": Contestant("ours", cores, **where)}
+    for name, form in forms(where["dtype"]).items():
+        runs[name] = Contestant("theirs", cores, **where, **form)
+    take_turns(runs, 80, 100, seconds)
+    mine = runs["ours"].ms
+    fastest = min(list(runs)[1:], key=lambda name: sum(runs[name].ms))
+    lines = [f"A step of stage 0, batch 64 of SST-2 by length: the mean and median of {len(mine)}",
+             f"{'':22}    mean  median  peak GiB   ours is faster by (means)  (medians)"]
+    for name, run in runs.items():
+        note = {USUAL: "  the usual one", fastest: "  the fastest"}.get(name, "")
+        lines.append(f"{name:22} {np.mean(run.ms):7.1f} {np.median(run.ms):7.1f} {run.end():9.2f}"
+                     f" {sum(run.ms) / sum(mine):26.2f} {np.median(run.ms) / np.median(mine):10.2f}"
+                     f"{note}")
+    return lines, fastest
 
 
-def product_shares(where: dict, warm: int = 40, rounds: int = 4) -> None:
-    """Two processes take the same steps, one timed, one noting its products to repeat them bare."""
-    print("\nMatrix products of an iteration, batch 64 of SST-2 by length:")
-    cost = {}
-    for stage in (0, 2):
-        runs = {who: Contestant("ours", **where, stage=stage) for who in ("timed", "noting")}
-        take_turns(runs, warm, 0)
-        bare = []
-        for _ in range(rounds):
-            take_turns({"timed": runs["timed"]}, 0, 8)
-            bare.append(runs["noting"].ask("products"))
-        ms, (alone, gmacs) = np.mean(runs["timed"].ms), np.mean(bare, axis=0)
-        cost[stage] = ms / gmacs
-        print(f"  stage {stage}: {ms:.1f} ms; its products alone {alone:.1f} ms, "
-              f"{alone / ms:.2f} of it; {gmacs:.1f} GMACs", flush=True)
-        for run in runs.values():
-            run.end()
-    print(f"  a GMAC of stage 2 (K = 4) takes {cost[2] / cost[0]:.2f} of one of stage 0")
+def time_goes(where, cores, seconds):
+    """Table: shares of a step of stage 0, and what its products would take at best."""
+    run = Contestant("ours", cores, **where)
+    take_turns({"": run}, 80, 0, seconds / 2)
+    run.ms.clear()
+    # The first pass meets lengths anew, and the profiler.
+    parts = [run.ask("profile") for _ in range(3)][1:]
+    bare, rates = [], []
+    for _ in range(3):
+        take_turns({"": run}, 0, 8)
+        bare.append(run.ask("products"))
+        rates.append(run.ask("rate"))
+    run.end()
+    ms = np.mean(run.ms)
+    alone, gmacs = np.mean(bare, axis=0)
+    best = 1e3 * gmacs / np.median(rates)
+    part = {kind: np.mean([p[kind] for p in parts]) for kind in parts[0]}
+    kernels = part.pop("kernels")
+    lines = [f"Where a step of stage 0 goes ({ms:.1f} ms; {sum(part.values()):.1f} in the profiler,"
+             f" which counts {kernels:.0f} kernels)"]
+    for kind, of_it in part.items():
+        lines.append(f"{kind:22} {of_it:7.1f} ms {of_it / sum(part.values()):7.1%}")
+    return [*lines,
+            f"Its {gmacs:.1f} GMACs take {best:.1f} ms at the rate of one large product "
+            f"({np.median(rates):.0f} GMACs/s): {best / ms:.2f} of a step.",
+            f"The same products alone, on operands that lie ready: {alone:.1f} ms, "
+            f"{alone / ms:.2f} of a step."]
 
 
-def growth(dtype: str) -> None:
+def palette(where, cores, fastest, seconds):
+    """Table: an iteration of stage 2, and a palette of nine, ours and with the PEFT library."""
+    end = time.monotonic() + seconds
+    mine = {stage: Contestant("ours", cores, **where, stage=stage) for stage in range(3)}
+    usual = USUAL if where["dtype"] == "bfloat16" else "float32, sdpa"
+    every = forms(where["dtype"])
+    others = {name: Contestant("their_palette", cores, **where, **every[name])
+              for name in dict.fromkeys((usual, fastest))}
+    space = mlfs.configuration_space(random_bert(6, torch.float32).maxnet)
+    warm, rounds = 20, 60
+    for done in range(warm + rounds):
+        for run in mine.values():
+            run.step()
+        for run in others.values():
+            for _ in space:
+                run.step()
+        if time.monotonic() > end and done > 8:
+            warm = min(warm, (done + 1) // 2)
+            break
+    ms = {stage: np.mean(run.ms[warm:]) for stage, run in mine.items()}
+    drawn = [mlfs.sample_sub_transformers(space, 2, 4, (0, 2, step + 1))
+             for step in range(len(mine[2].ms))]
+    hours = EPOCHS * SST2_BATCHES / 3.6e6
+    one_palette = hours * sum(ms.values())
+    lines = [f"A palette of nine, {EPOCHS} epochs a stage or a fine-tuning, {SST2_BATCHES} batches "
+             f"of 64 each (means of {len(mine[2].ms) - warm} steps)",
+             f"{'':22} 4 subnets, ms   9 subnets, ms   palette, hours   ours is faster by (4) (9)",
+             f"{'MLFS':22} {ms[2]:13.0f} {sum(ms.values()):15.0f} {one_palette:16.2f}"
+             f"   stages 0, 1, 2: {ms[0]:.0f} + {ms[1]:.0f} + {ms[2]:.0f} ms"]
+    for name, run in others.items():
+        nine = np.reshape(run.ms, (-1, len(space)))
+        four = [sum(step[space.index(phi)] for phi in phis)
+                for step, phis in zip(nine[warm:], drawn[warm:])]
+        all_nine = nine[warm:].sum(1).mean()
+        lines.append(f"{name:22} {np.mean(four):13.0f} {all_nine:15.0f} {hours * all_nine:16.2f}"
+                     f" {np.mean(four) / ms[2]:24.2f} {all_nine / sum(ms.values()):4.2f}")
+    for run in (*mine.values(), *others.values()):
+        run.end()
+    return lines
+
+
+def contest(where, cores, minutes):
+    """All of it with one dtype, on these cores."""
+    title = f"{where['dtype']}, {len(cores)} thread{'s' * (len(cores) > 1)}"
+
+    def show(lines):
+        print("\n".join(["", f"[{title}] {lines[0]}", *lines[1:]]), flush=True)
+
+    seconds = 60 * minutes
+    lines, fastest = against_peft(where, cores, 0.5 * seconds)
+    show(lines)
+    show(time_goes(where, cores, 0.1 * seconds))
+    show(palette(where, cores, fastest, 0.35 * seconds))
+
+
+def run_contests(where, threads, dtypes, minutes):
+    wanted = [(dtype, n) for dtype in dtypes for n in threads]
+    free = physical_cores()
+    together = sum(n for _, n in wanted) <= len(free)
+    with ThreadPoolExecutor(len(wanted) if together else 1) as pool:
+        started = []
+        for dtype, n in wanted:
+            cores = free[:n]
+            started.append(pool.submit(contest, where | {"dtype": dtype}, cores, minutes))
+            if together:
+                free = free[n:]
+        for future in started:
+            future.result()
+
+
+def physical_cores():
+    """One CPU's number for each core that this process may use: two of one core are slower."""
+    found = {}
+    for cpu in sorted(os.sched_getaffinity(0)):
+        path = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        found.setdefault(path.read_text() if path.exists() else cpu, cpu)
+    return list(found.values())
+
+
+def growth(dtype):
     """Time against multiplications, and memory, as one size at a time is varied."""
     sizes = {
         "K": [dict(stage=2, num_subnets=k) for k in (1, 2, 4, 8)],
@@ -252,8 +474,9 @@ def growth(dtype: str) -> None:
         "subnets in 𝒜": [dict(stage=2, shares=s, layers=8) for s in (1, 2, 4, 6)],
     }
     for what, settings in sizes.items():
-        print(f"\nVarying {what}:")
-        runs = {str(options): Contestant("grown", dtype=dtype, **options) for options in settings}
+        print(f"\n[{dtype}] Varying {what}:")
+        runs = {str(options): Contestant("grown", physical_cores()[:2], dtype=dtype, **options)
+                for options in settings}
         take_turns(runs, 4, 12)
         points = []
         for options, run in runs.items():
@@ -268,7 +491,7 @@ def growth(dtype: str) -> None:
                   f"{np.corrcoef(*zip(*points, strict=True))[0, 1]:.4f}")
 
 
-def start_up(minilm: str, glue: str, dtype: str) -> None:
+def start_up(minilm, glue, dtype):
     """From the command to the end of the first optimiser step, all of SST-2 tokenised."""
     with tempfile.TemporaryDirectory() as folder:
         start, log = time.perf_counter(), Path(folder) / "run" / "log.jsonl"
@@ -283,20 +506,37 @@ def start_up(minilm: str, glue: str, dtype: str) -> None:
         process.wait()
 
 
-def main(minilm: str, glue: str, dtype: str = "bfloat16") -> None:
-    print(f"{evaluate.device_name('cpu')}, {torch.get_num_threads()} threads, {dtype}, torch "
-          f"{torch.__version__}")
-    where = {"minilm": minilm, "glue": glue, "dtype": dtype}
-    start_up(**where)
-    against_peft(where)
-    product_shares(where)
-    growth(dtype)
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", help="folder of a BERT checkpoint")
+    parser.add_argument("--glue", help="the folder that holds SST-2/")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
+    parser.add_argument("--short", action="store_true", help="without start-up and growth")
+    parser.add_argument("--minutes", type=float, default=20, help="roughly, for a contest")
+    args = parser.parse_args()
+    import peft
+    import transformers
+    print(f"{evaluate.device_name('cpu')}, {len(physical_cores())} cores; torch "
+          f"{torch.__version__}, transformers {transformers.__version__}, PEFT {peft.__version__}; "
+          f"weights {'of ' + Path(args.model).name if args.model else 'random'}, sentences "
+          f"{'SST-2' if args.glue else 'random'}", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        minilm = args.model
+        if not minilm:
+            minilm = str(Path(folder) / "random")
+            save_pretrained(random_bert(6, torch.float32), minilm)
+        where = {"minilm": minilm, "glue": args.glue}
+        run_contests(where, args.threads, args.dtypes, args.minutes)
+        if not args.short:
+            for dtype in args.dtypes:
+                if args.model and args.glue:
+                    start_up(**where, dtype=dtype)
+                growth(dtype)
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
-        serve(sys.argv[2], json.loads(sys.argv[3]))
-    elif len(sys.argv) not in (3, 4):
-        sys.exit(__doc__)
+        serve(sys.argv[2], *map(json.loads, sys.argv[3:]))
     else:
-        main(*sys.argv[1:])
+        main()
