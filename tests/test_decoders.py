@@ -718,7 +718,7 @@ def test_a_resumed_decoder_run_ends_with_the_same_bits(run, adapters, stage, mon
         (["--task", "python", "--model", "bert"], "this task needs a decoder; bert is a Bert"),
         (
             ["--task", "python", "--model", "tiny", "--subnets", "santacoder"],
-            "santacoder is not for tiny",
+            "santacoder is not for this model",
         ),
         (
             ["--task", "python", "--model", "tiny", "--adapters", "full", "--dtype", "bfloat16"],

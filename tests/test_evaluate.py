@@ -159,7 +159,7 @@ EXPECTED = (
     "command, words",
     [
         (["--task", "sst3"], "unknown task 'sst3'"),
-        (["--rank", "0"], "rank must be at least 1"),
+        (["--rank", "0"], "rank must be in [1, inf]"),
         (["--alpha", "2"], "alpha must be in [0, 1]"),
         (["--gamma", "1000"], "gamma must be in [0, 10]"),
         (["--rank", "100000000000"], "exceeds the hidden size 96"),
@@ -173,7 +173,7 @@ EXPECTED = (
             ["--task", "rte", "--model", str(data.DOWNLOADS / "toy"), "--data-dir", "nowhere"],
             "there is no nowhere/RTE/train.tsv",
         ),
-        (["--max-length", "4000"], "exceeds the 64 positions"),
+        (["--max-length", "4000"], "exceeds the model's 64 positions"),
         (["--resume", "--out", "nowhere"], "there is no nowhere/run.json"),
         (["--device", "abacus"], "--device abacus cannot be used here"),
     ],
