@@ -479,7 +479,8 @@ def test_the_opening_says_what_of_the_head_is_new_or_left_out(tmp_path, monkeypa
 def test_stage_0_cannot_be_left_out_where_the_classifier_is_new(tmp_path, monkeypatch):
     """The students' teacher would be drawn at random; a stored classifier may do without."""
     strangers_base(tmp_path)
-    with pytest.raises(ValueError, match="--epochs 0,... would leave the model's new classifier untrained"):
+    words = "--epochs 0,... would leave the model's new classifier untrained"
+    with pytest.raises(ValueError, match=words):
         prepare(tmp_path, monkeypatch, "--epochs", "0,1,1")
     assert not (tmp_path / "run").exists()
     three = data.TASKS["toy"]._replace(labels=("a", "b", "c"))
