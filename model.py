@@ -19,7 +19,7 @@ import json
 import os
 import re
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -39,11 +39,10 @@ class SubnetConfig:
     num_attention_heads: int
     intermediate_size: int
     layers: tuple[int, ...]                          # 0-based maxnet layers: g_j(l) is layers[l]
-    name: str = field(default="", compare=False)
+    name: str = field(default="", compare=False)     # by default its sizes
 
     def __post_init__(self):
-        sizes = f"h{self.hidden_size}-n{self.num_attention_heads}-f{self.intermediate_size}"
-        object.__setattr__(self, "name", self.name or f"{sizes}-d{len(self.layers)}")
+        object.__setattr__(self, "name", self.name or str(astuple(self)[:4]))
 
 
 # --------------------------------------------------------------------------- the elastic parts
@@ -192,6 +191,7 @@ class SuperTransformer(nn.Module):
     has_head_dim = False                             # whether other libraries' config.json has one
     model_type = architecture = ""                   # the checkpoint world's names of the class
     tensor_names = {}                                # ours -> the checkpoint's, part by part
+    ignored = ""                                     # pattern of stored names without a meaning
     config_names = {}                                # the same for config.json
     defaults = {}                                    # of fields that config.json may leave out
     required = {}                                    # fields of which we implement one value
@@ -310,7 +310,7 @@ class SuperTransformer(nn.Module):
             module = self.get_submodule(".".join(path))
             merge = kind == "weight" and isinstance(module, ElasticLinear)
             whole = module.merged() if merge else getattr(module, kind)
-            corner = tuple(slice(size) for size in part.shape)       # Π_Φ: the leading block
+            corner = tuple(map(slice, part.shape))                   # Π_Φ: the leading block
             state[name] = whole[corner].clone()
         small.load_state_dict(state, assign=True)
         return small
@@ -421,7 +421,7 @@ class Bert(SuperTransformer):
     defaults = {"type_vocab_size": 2, "layer_norm_eps": 1e-12, "hidden_act": "gelu"}
     required = {"position_embedding_type": "absolute"}
     sizes = (*SuperTransformer.sizes, "type_vocab_size")
-    ignored = re.compile(r"cls\.(predictions|seq_relationship)\..*|embeddings\.position_ids")
+    ignored = r"cls\.(predictions|seq_relationship)\..*|embeddings\.position_ids"
     tensor_names = {
         "word_embeddings": "embeddings.word_embeddings",
         "position_embeddings": "embeddings.position_embeddings",
@@ -489,7 +489,7 @@ class Bert(SuperTransformer):
         """A stored tensor under its one name: without "bert.", LayerNorm.weight, not gamma."""
         name = name.removeprefix(f"{cls.model_type}.")
         name = name.replace("Norm.gamma", "Norm.weight").replace("Norm.beta", "Norm.bias")
-        return {} if cls.ignored.fullmatch(name) else {name: tensor}
+        return {name: tensor}
 
     @classmethod
     def write(cls, tensors):
@@ -707,6 +707,7 @@ class GPT(Decoder):
         "query": "attn.query", "key": "attn.key", "value": "attn.value",
         "attention_output": "attn.c_proj", "intermediate": "mlp.c_fc", "output": "mlp.c_proj",
     }
+    ignored = r"h\.\d+\.attn\.(masked_)?bias"        # buffers: the causal mask
     # gpt_bigcode fuses all three into c_attn; SantaCoder's own code (gpt2) has q_attn and kv_attn.
     fused = {"c_attn": ("query", "key", "value"), "q_attn": ("query",), "kv_attn": ("key", "value")}
 
@@ -729,8 +730,6 @@ class GPT(Decoder):
     def read(cls, name, tensor, config):
         """A stored tensor as ours: Conv1D transposed, fused query, key and value taken apart."""
         name = name.removeprefix("transformer.")
-        if re.fullmatch(r"h\.\d+\.attn\.(masked_)?bias", name):      # buffers: the causal mask
-            return {}
         if config["model_type"] == "gpt2" and name.startswith("h.") and tensor.dim() == 2:
             tensor = tensor.T                                        # Conv1D keeps (in, out)
         for module, parts in cls.fused.items():
@@ -786,6 +785,7 @@ class Llama(Decoder):
     defaults = {"layer_norm_eps": 1e-6, "hidden_act": "silu", "tie_word_embeddings": False,
                 "rope_theta": 1e4}
     required = {"attention_bias": False, "mlp_bias": False, "partial_rotary_factor": 1.0}
+    ignored = r".*rotary_emb\.inv_freq"              # old buffers
     tensor_names = {
         "word_embeddings": "model.embed_tokens", "final_norm": "model.norm",
         "layers": "model.layers", "attention_norm": "input_layernorm",
@@ -826,7 +826,7 @@ class Llama(Decoder):
 
     @classmethod
     def read(cls, name, tensor, config):
-        return {} if name.endswith("rotary_emb.inv_freq") else {name: tensor}    # old buffers
+        return {name: tensor}
 
     @staticmethod
     def write(tensors):
@@ -1001,6 +1001,8 @@ def tensors_by_name(tensors, family, config):
     foreign = set()
     for name, tensor in tensors:
         for key, part in family.read(name, tensor, config).items():
+            if re.fullmatch(family.ignored, key):
+                continue
             if key == name and key.split(".")[0] not in network:
                 foreign.add(key)                     # neither "bert.", say, nor "encoder."
             if key in stored:
@@ -1149,8 +1151,7 @@ def save_pretrained(model, folder, labels=()):
     with replacing(folder / "model.safetensors") as path:
         save_file(model.write(tensors), path, {"format": "pt"})
     with replacing(folder / "config.json") as path:
-        config = stored_config(model, labels)
-        path.write_text(json.dumps(config, indent=2) + "\n")
+        path.write_text(json.dumps(stored_config(model, labels), indent=2) + "\n")
 
 
 # What config.json says of the original's weights, task and code.
@@ -1195,7 +1196,7 @@ def pad_heads(model, heads):
     # Strict: adapters, which have no place here, are to be merged first (`extract`).
     for new, old in zip(padded.parameters(), model.parameters(), strict=True):
         new.data = old.new_zeros(new.shape)
-        corner = tuple(slice(size) for size in old.shape)
+        corner = tuple(map(slice, old.shape))
         new[corner] = old
     return padded
 
