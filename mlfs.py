@@ -30,7 +30,7 @@ import re
 import signal
 import sys
 import time
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from fractions import Fraction
@@ -485,7 +485,7 @@ class InChunks(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, loss, size, last, *trained):
-        total = 0.0
+        total = torch.zeros((), device=last.device)
         d_last = torch.zeros_like(last)
         d_trained = [torch.zeros_like(W) for W in trained]
         for start in range(0, len(last), size):
@@ -497,9 +497,9 @@ class InChunks(torch.autograd.Function):
             d_last[rows] = d_part
             for d, d_more in zip(d_trained, more):
                 d += d_more
-            total = total + value.detach()
+            total += value.detach()
         ctx.save_for_backward(d_last, *d_trained)
-        return torch.as_tensor(total, device=last.device)        # of no rows: 0
+        return total
 
     @staticmethod
     def backward(ctx, g):
@@ -602,15 +602,12 @@ def stoppable():
         if processes()[1] == 1:
             signal.signal(number, signal.default_int_handler)
 
-    before = {}
-    for number in (signal.SIGINT, signal.SIGTERM):
-        with suppress(ValueError):                   # Python lets the main thread alone do this
-            before[number] = signal.signal(number, stop)
-    try:
+    with ExitStack() as undo:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            with suppress(ValueError):               # Python lets the main thread alone do this
+                before = signal.signal(number, stop)
+                undo.callback(signal.signal, number, before)
         yield stopped
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def told_to_stop(stopped, device):
@@ -800,11 +797,11 @@ def pick_dtype(hp, device):
 
     A learning rate of 1e-3 times a weight is less than bfloat16's last digit: it would be lost.
     """
-    half = hp.dtype == "bfloat16"
-    if hp.dtype == "auto" and hp.adapters == "low-rank":
-        gpu = device.startswith("cuda")
-        half = torch.cuda.is_bf16_supported(False) if gpu else torch.cpu._is_avx512_bf16_supported()
-    return torch.bfloat16 if half else torch.float32
+    if hp.dtype != "auto":
+        return hp.dtype
+    gpu = device.startswith("cuda")
+    half = torch.cuda.is_bf16_supported(False) if gpu else torch.cpu._is_avx512_bf16_supported()
+    return "bfloat16" if half and hp.adapters == "low-rank" else "float32"
 
 
 def shared_inputs(args):
@@ -827,7 +824,8 @@ def shared_inputs(args):
 def load_model(row, folder, hp, device):
     """The base model, ready for stage 0; ValueError if it cannot serve the task."""
     torch.manual_seed(hp.seed)
-    model = load_pretrained(folder, max(1, len(row.labels)), pick_dtype(hp, device), row.labels)
+    dtype = getattr(torch, pick_dtype(hp, device))
+    model = load_pretrained(folder, max(1, len(row.labels)), dtype, row.labels)
     code = "loss" in row.metrics
     if isinstance(model, Decoder) != code:
         kind = "a decoder" if code else "an encoder"
@@ -887,7 +885,7 @@ def prepare(args, given):
         "data": evaluate.located(data_folder, folder) | describe_data(row, rows, splits),
         "hyper_parameters": dataclasses.asdict(hp),
         "space": [evaluate.describe(model, phi) for phi in space],
-        "device": args.device, "dtype": str(pick_dtype(hp, args.device)).removeprefix("torch."),
+        "device": args.device, "dtype": pick_dtype(hp, args.device),
         "processor": evaluate.device_name(args.device),
         "processes": processes()[1], "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -990,8 +988,7 @@ def parse_arguments(argv):
     """
     # --help starts with the docstrings. The hyper-parameters, of which those that are given are
     # returned beside the options, have theirs from the comments at their lines.
-    manual = inspect.cleandoc(parse_arguments.__doc__)
-    parser = evaluate.Parser(f"{__doc__}\n{manual}")
+    parser = evaluate.Parser(f"{__doc__}\n{inspect.getdoc(parse_arguments)}")
     add = partial(parser.add_argument, help=argparse.SUPPRESS)
     for path in ("--model", "--data-dir", "--out", "--train", "--dev"):
         add(path, type=Path)
