@@ -144,7 +144,7 @@ def load_table(row, split, folder):
             raise ValueError(f"unknown label {word[:80]!r:.80}; expected {expected[:200]}")
 
     found = read_table(path, (*row.sentences, row.label), read, row.header)
-    labelled = [example for example in found if example]
+    labelled = list(filter(None, found))
     if not labelled:
         raise ValueError(f"{path} has no examples with a label")
     texts, labels = zip(*labelled)
@@ -330,8 +330,7 @@ def load_code(folder):
         if "site-packages" in path.relative_to(folder).parts or not path.is_file():
             continue
         for text in sources(path):
-            reason = why_not(text)
-            if reason:
+            if reason := why_not(text):
                 skipped[reason] += 1
             else:
                 texts.append((text,))
@@ -728,17 +727,16 @@ def find_inputs(task, model, data_dir):
 def find_model(task, model=None):
     """The folder of the checkpoint that is named, or that a task starts from by default."""
     if model:
-        if not Path(model, "config.json").exists():
-            raise FileNotFoundError(f"--model: there is no {Path(model, 'config.json')}; "
-                                    f"weights/README.md tells how to get a checkpoint")
+        config = Path(model, "config.json")
+        if not config.exists():
+            raise FileNotFoundError(f"--model: there is no {config}; weights/README.md tells how "
+                                    f"to get a checkpoint")
         return model
     if task == "toy":
         return DOWNLOADS / "toy"                     # comes with the repository
     if task == "python":
-        return obtain("SantaCoder", DOWNLOADS / "santacoder", download_model,
-                      "bigcode/gpt_bigcode-santacoder")
-    return obtain("BERT-base", DOWNLOADS / "bert-base-uncased", download_model,
-                  "google-bert/bert-base-uncased")
+        return obtain(download_model, "bigcode/gpt_bigcode-santacoder", DOWNLOADS / "santacoder")
+    return obtain(download_model, "google-bert/bert-base-uncased", DOWNLOADS / "bert-base-uncased")
 
 
 def find_data(task):
@@ -748,7 +746,7 @@ def find_data(task):
     glue = DOWNLOADS / "glue"
     if not TASKS[task].archive:
         return glue
-    return obtain(f"the data of {task}", glue, download_glue, task)
+    return obtain(download_glue, task, glue)
 
 
 class Offline(FileNotFoundError):
@@ -762,14 +760,14 @@ def nothing_answers(error):
     return silence and "urllib.error.HTTPError" not in kinds and "SSL" not in f"{kinds} {error}"
 
 
-def obtain(what, folder, download, name):
+def obtain(download, name, folder):
     """The way of all downloads: the folder, or FileNotFoundError saying why not and what to do."""
     try:
         return download(name, folder) or folder
     except Exception as error:                       # the hub, zipfile and sockets have their own
         reason = (str(error) or type(error).__name__).splitlines()[0]
         kind = Offline if nothing_answers(error) else FileNotFoundError
-        raise kind(f"{what} is not in {folder} and could not be downloaded ({reason}); put it "
+        raise kind(f"{name} is not in {folder} and could not be downloaded ({reason}); put it "
                    f"there, or name --model and --data-dir") from error
 
 

@@ -203,13 +203,13 @@ def test_without_network_sst2_becomes_the_toy_behind_a_banner(tmp_path, monkeypa
     assert "TOY RUN, not BERT-BASE ON SST2: " in capsys.readouterr().out
     with pytest.raises(
         FileNotFoundError,
-        match="BERT-base is not in .* and could not be downloaded .no route to host",
+        match="bert-base-uncased is not in .* and could not be downloaded .no route to host",
     ):
         data.find_inputs("sst2", None, tmp_path)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "config.json").write_text("{}")
     with pytest.raises(
-        FileNotFoundError, match="the data of sst2 is not in .* could not be downloaded"
+        FileNotFoundError, match="sst2 is not in .* could not be downloaded"
     ):
         data.find_inputs("sst2", tmp_path / "mine", None)
     fetched = []
