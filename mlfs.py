@@ -166,8 +166,8 @@ def configuration_space(maxnet, widths=(1, 0.75, 0.5), depths=(1, 0.75, 0.5), hi
     def part(share, whole, what, exact=False):
         number = math.ceil(share * whole - 0.5) if 0 < share <= 1 else 0
         if number < 1 or (exact and abs(number - share * whole) > 0.01):
-            raise ValueError(f"{share:g} of {whole} {what} is not possible: {share * whole:g} is "
-                             f"not a whole number from 1 to {whole}")
+            raise ValueError(f"{share:g} of {whole} {what} is {share * whole:g}, not a whole "
+                             f"number from 1 to {whole}")
         return number
 
     space = {}
@@ -181,7 +181,7 @@ def configuration_space(maxnet, widths=(1, 0.75, 0.5), depths=(1, 0.75, 0.5), hi
         neurons = part(w, maxnet.intermediate_size, "FFN neurons")
         depth = part(d, len(maxnet.layers), "layers")
         layers = tuple(sorted(order(maxnet.layers)[:depth]))
-        name = f"w{w:.3g}-d{len(layers)}" + (f"-h{size}" if h < 1 else "")
+        name = f"w{w:.3g}-d{depth}" + (f"-h{size}" if h < 1 else "")
         phi = SubnetConfig(size, heads, neurons, layers, name)
         if space.setdefault(name, phi) != phi:
             raise ValueError(f"two subnets would be called {name}: give shares that differ in "
