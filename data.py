@@ -15,7 +15,6 @@ import os
 import random
 import re
 import socket
-import sysconfig
 import tempfile
 import zipfile
 import zlib
@@ -127,12 +126,11 @@ def load_table(row, split, folder):
     if not path.exists():
         raise FileNotFoundError(f"there is no {path}; name the folder that holds {name} with "
                                 f"--data-dir")
-    numbers = range(len(row.labels))
-    classes = dict(zip(row.labels, numbers))
+    classes = {word: i for i, word in enumerate(row.labels)}
     # GLUE writes SST-2's classes as digits, RTE's as words. Where digits are the words themselves
     # (say 1 to 5 stars), or the words come from the user's file, a digit is not a number from 0.
     if row.folder and not any(word.isdigit() for word in row.labels):
-        classes |= {str(i): i for i in numbers}
+        classes |= {str(i): i for i in classes.values()}
 
     def read(*cells):
         "".join(cells).encode()                      # ValueError: JSON may hold half a character
@@ -146,7 +144,7 @@ def load_table(row, split, folder):
             raise ValueError(f"unknown label {word[:80]!r:.80}; expected {expected[:200]}")
 
     found = read_table(path, (*row.sentences, row.label), read, row.header)
-    labelled = [example for example in found if example]
+    labelled = list(filter(None, found))
     if not labelled:
         raise ValueError(f"{path} has no examples with a label")
     texts, labels = zip(*labelled)
@@ -280,10 +278,9 @@ def divide(rows, parts, where):
     if len(distinct) < 2:
         raise ValueError(f"{where} has {len(distinct)} different texts; at least 2 are needed")
     drawn = set(distinct[:max(1, len(distinct) // parts)])
-    numbers = {"train": [], "dev": []}
-    for i in order:
-        numbers["dev" if rows.texts[i] in drawn else "train"].append(i)
-    return {split: take(rows, part) for split, part in numbers.items()}
+    train = [i for i in order if rows.texts[i] not in drawn]
+    dev = [i for i in order if rows.texts[i] in drawn]
+    return {"train": take(rows, train), "dev": take(rows, dev)}
 
 
 def take(split, numbers):
@@ -333,8 +330,7 @@ def load_code(folder):
         if "site-packages" in path.relative_to(folder).parts or not path.is_file():
             continue
         for text in sources(path):
-            reason = why_not(text)
-            if reason:
+            if reason := why_not(text):
                 skipped[reason] += 1
             else:
                 texts.append((text,))
@@ -496,30 +492,25 @@ def encode(tokenizer, rows, max_length):
 
     Code: the files joined by the end-of-text token, cut into windows of `max_length`.
     """
-    kind = encode_code if rows.labels is None else encode_sentences
-    examples = kind(tokenizer, rows, max_length)
-    for ids in examples.ids:
-        check_ids(tokenizer, ids)
-    return examples
-
-
-def encode_sentences(tokenizer, rows, max_length):
-    """`encode` of one or two sentences an example."""
+    if rows.labels is None:
+        return Examples(windows(tokenizer, rows, max_length), None, None)
     ids, segments = [], []
     for encoding in encodings(sentence_tokenizer(tokenizer, max_length), rows):
         ids.append(np.array(encoding.ids, dtype=np.int32))
         segments.append(np.array(encoding.type_ids, dtype=np.int8))
+        check_ids(tokenizer, ids[-1])
     return Examples(ids, segments, rows.labels)
 
 
-def encode_code(tokenizer, rows, max_length):
-    """`encode` of files: windows of one long stream, as in pre-training; nothing is cut off."""
+def windows(tokenizer, rows, max_length):
+    """Files as pieces of one long stream, as in pre-training; nothing is cut off."""
     end = end_of_text(tokenizer)[:1]
     files = [np.array(encoding.ids + end, dtype=np.int32)
              for encoding in encodings(tokenizer, rows, add_special_tokens=False)]
-    windows = cut(np.concatenate(files), max_length)
+    stream = np.concatenate(files)
+    check_ids(tokenizer, stream)
     # A last window of one token has no next token to learn from.
-    return Examples([window for window in windows if len(window) > 1], None, None)
+    return [window for window in cut(stream, max_length) if len(window) > 1]
 
 
 def encodings(tokenizer, rows, **options):
@@ -736,27 +727,26 @@ def find_inputs(task, model, data_dir):
 def find_model(task, model=None):
     """The folder of the checkpoint that is named, or that a task starts from by default."""
     if model:
-        if not Path(model, "config.json").exists():
-            raise FileNotFoundError(f"--model: there is no {Path(model, 'config.json')}; "
-                                    f"weights/README.md tells how to get a checkpoint")
+        config = Path(model, "config.json")
+        if not config.exists():
+            raise FileNotFoundError(f"--model: there is no {config}; weights/README.md tells how "
+                                    f"to get a checkpoint")
         return model
     if task == "toy":
         return DOWNLOADS / "toy"                     # comes with the repository
     if task == "python":
-        return obtain("SantaCoder", DOWNLOADS / "santacoder", download_model,
-                      "bigcode/gpt_bigcode-santacoder")
-    return obtain("BERT-base", DOWNLOADS / "bert-base-uncased", download_model,
-                  "google-bert/bert-base-uncased")
+        return obtain(download_model, "bigcode/gpt_bigcode-santacoder", DOWNLOADS / "santacoder")
+    return obtain(download_model, "google-bert/bert-base-uncased", DOWNLOADS / "bert-base-uncased")
 
 
 def find_data(task):
     """The folder of a task's data by default."""
     if task == "python":
-        return Path(sysconfig.get_path("stdlib"))    # this Python's standard library
+        return Path(os.__file__).parent              # this Python's standard library
     glue = DOWNLOADS / "glue"
     if not TASKS[task].archive:
         return glue
-    return obtain(f"the data of {task}", glue, download_glue, task)
+    return obtain(download_glue, task, glue)
 
 
 class Offline(FileNotFoundError):
@@ -770,14 +760,14 @@ def nothing_answers(error):
     return silence and "urllib.error.HTTPError" not in kinds and "SSL" not in f"{kinds} {error}"
 
 
-def obtain(what, folder, download, name):
+def obtain(download, name, folder):
     """The way of all downloads: the folder, or FileNotFoundError saying why not and what to do."""
     try:
         return download(name, folder) or folder
     except Exception as error:                       # the hub, zipfile and sockets have their own
         reason = (str(error) or type(error).__name__).splitlines()[0]
         kind = Offline if nothing_answers(error) else FileNotFoundError
-        raise kind(f"{what} is not in {folder} and could not be downloaded ({reason}); put it "
+        raise kind(f"{name} is not in {folder} and could not be downloaded ({reason}); put it "
                    f"there, or name --model and --data-dir") from error
 
 

@@ -30,7 +30,7 @@ import re
 import signal
 import sys
 import time
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from fractions import Fraction
@@ -109,15 +109,15 @@ class HyperParameters:
 
         least = {"rank": 1, "temperature": 1, "d_low": 1, "num_subnets": 1, "batch_size": 1,
                  "max_length": 4}                    # of all other numbers: 0
-        most = {"alpha": 1, "gamma": 10, "warmup": 0.99, "seed": 2 ** 32 - 1}
+        most = {"alpha": 1, "gamma": 10, "warmup": 0.99, "seed": 2 ** 32 - 1}    # others: any
         for name, value in vars(self).items():
             if isinstance(value, str):
                 choices = get_args(type(self).__annotations__[name])
                 check(name, value in choices, " or ".join(choices))
-            elif name in most:
-                check(name, 0 <= value <= most[name], f"in [0, {most[name]}]")
             elif not isinstance(value, tuple):
-                check(name, value >= least.get(name, 0), f"at least {least.get(name, 0)}")
+                low = least.get(name, 0)
+                high = most.get(name, math.inf)
+                check(name, low <= value <= high, f"in [{low}, {high}]")
         check("learning_rate", self.learning_rate > 0, "above 0")
         check("epochs", len(self.epochs) == 3 and min(self.epochs) >= 0, "three numbers from 0 on")
         if self.adapters == "full":
@@ -166,11 +166,11 @@ def configuration_space(maxnet, widths=(1, 0.75, 0.5), depths=(1, 0.75, 0.5), hi
     def part(share, whole, what, exact=False):
         number = math.ceil(share * whole - 0.5) if 0 < share <= 1 else 0
         if number < 1 or (exact and abs(number - share * whole) > 0.01):
-            raise ValueError(f"{share:g} of {whole} {what} is not possible: {share * whole:g} is "
-                             f"not a whole number from 1 to {whole}")
+            raise ValueError(f"{share:g} of {whole} {what} is {share * whole:g}, not a whole "
+                             f"number from 1 to {whole}")
         return number
 
-    space = []
+    space = {}
     groups = maxnet.num_attention_heads // head_group
     what = f"groups of {head_group} heads" if head_group > 1 else "heads"
     descending = (sorted({1.0, *shares}, reverse=True) for shares in (hidden, widths, depths))
@@ -181,14 +181,12 @@ def configuration_space(maxnet, widths=(1, 0.75, 0.5), depths=(1, 0.75, 0.5), hi
         neurons = part(w, maxnet.intermediate_size, "FFN neurons")
         depth = part(d, len(maxnet.layers), "layers")
         layers = tuple(sorted(order(maxnet.layers)[:depth]))
-        name = f"w{w:.3g}-d{len(layers)}" + (f"-h{size}" if h < 1 else "")
-        space.append(SubnetConfig(size, heads, neurons, layers, name))
-    space = list(dict.fromkeys(space))               # two shares may round to one depth
-    names = [phi.name for phi in space]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise ValueError(f"two subnets would be called {twice[0]}: give shares that differ in "
-                         f"their first three digits")
-    return space
+        name = f"w{w:.3g}-d{depth}" + (f"-h{size}" if h < 1 else "")
+        phi = SubnetConfig(size, heads, neurons, layers, name)
+        if space.setdefault(name, phi) != phi:
+            raise ValueError(f"two subnets would be called {name}: give shares that differ in "
+                             f"their first three digits")
+    return list(dict.fromkeys(space.values()))       # two shares may come to one and the same Φ
 
 
 def sample_sub_transformers(space, stage, num_subnets, seed):
@@ -201,11 +199,11 @@ def sample_sub_transformers(space, stage, num_subnets, seed):
     if stage == 0:
         return space[:1]
     # 𝒜 is ordered by hidden size, width and depth, so the last of those allowed is the minnet.
-    allowed = [phi for phi in space if stage == 2 or phi.layers == space[0].layers]
-    maxnet, *others = allowed
-    minnet = others.pop() if others else maxnet
-    drawn = random.Random(str(seed)).sample(others, min(max(num_subnets - 2, 0), len(others)))
-    return list(dict.fromkeys([maxnet, minnet, *drawn]))[:num_subnets]
+    maxnet, *others = [phi for phi in space if stage == 2 or phi.layers == space[0].layers]
+    minnet = others[-1:]                             # none, if the maxnet is the only one
+    rest = others[:-1]
+    drawn = random.Random(str(seed)).sample(rest, min(max(num_subnets - 2, 0), len(rest)))
+    return [maxnet, *minnet, *drawn][:num_subnets]
 
 
 def gradient_scale(n_1, n_j, gamma):
@@ -487,7 +485,7 @@ class InChunks(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, loss, size, last, *trained):
-        total = 0.0
+        total = torch.zeros((), device=last.device)
         d_last = torch.zeros_like(last)
         d_trained = [torch.zeros_like(W) for W in trained]
         for start in range(0, len(last), size):
@@ -499,9 +497,9 @@ class InChunks(torch.autograd.Function):
             d_last[rows] = d_part
             for d, d_more in zip(d_trained, more):
                 d += d_more
-            total = total + value.detach()
+            total += value.detach()
         ctx.save_for_backward(d_last, *d_trained)
-        return torch.as_tensor(total, device=last.device)        # of no rows: 0
+        return total
 
     @staticmethod
     def backward(ctx, g):
@@ -604,15 +602,12 @@ def stoppable():
         if processes()[1] == 1:
             signal.signal(number, signal.default_int_handler)
 
-    before = {}
-    for number in (signal.SIGINT, signal.SIGTERM):
-        with suppress(ValueError):                   # Python lets the main thread alone do this
-            before[number] = signal.signal(number, stop)
-    try:
+    with ExitStack() as undo:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            with suppress(ValueError):               # Python lets the main thread alone do this
+                before = signal.signal(number, stop)
+                undo.callback(signal.signal, number, before)
         yield stopped
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def told_to_stop(stopped, device):
@@ -639,9 +634,7 @@ class Run:
     task: data.Task
     model: SuperTransformer
     space: list[SubnetConfig]
-    train: data.Examples
-    held_out: data.Examples
-    splits: dict[str, data.Examples]
+    splits: dict[str, data.Examples]                 # "train", "held_out" and those of dev
     palette: list[dict]                              # with each subnet's scores so far
     bar: tqdm | None = None
     started: float = 0.0                             # when the last checkpoint was written
@@ -664,20 +657,21 @@ class Run:
         with open(self.folder / "log.jsonl", "a") as file:
             file.write(json.dumps(line) + "\n")
 
-    def score(self, phi, dev):
+    def score(self, phi, split):
         """A subnet's, by the task's first metric."""
-        return evaluate.evaluate(self.model, phi, self.task, {"dev": dev})["score"]
+        examples = {"dev": self.splits[split]}
+        return evaluate.evaluate(self.model, phi, self.task, examples)["score"]
 
     def validate(self, event):
         """Logs every subnet's score on dev, where --validate-every asks for it."""
         every = self.hp.validate_every
         if every and event.step % every == 0:
-            scores = {phi.name: self.score(phi, self.splits["dev"]) for phi in self.space}
+            scores = {phi.name: self.score(phi, "dev") for phi in self.space}
             self.log(event, validation=scores)
 
     def held_out_score(self):
         """The maxnet's score on the held-out slice of TRAIN; 0 where TRAIN is too small for one."""
-        return self.score(self.space[0], self.held_out) if self.held_out.ids else 0.0
+        return self.score(self.space[0], "held_out") if self.splits["held_out"].ids else 0.0
 
     def begin(self, event):
         if event.step == 0:
@@ -737,7 +731,7 @@ def train(run, state):
     """Runs `mlfs` to its end: 0. Or to a signal (SIGINT, SIGTERM), whose number it returns."""
     first = processes()[0] == 0                      # it alone measures, prints and writes
     with stoppable() as stopped:
-        for event in mlfs(run.model, run.train, run.space, run.hp, state):
+        for event in mlfs(run.model, run.splits["train"], run.space, run.hp, state):
             if first and isinstance(event, Updated):
                 run.show(event)
             elif first:
@@ -783,7 +777,7 @@ SUBNETS = {
 }
 
 
-def choose_space(hp, given, model, folder):
+def choose_space(hp, given, model):
     """𝒜: the grid of the shares, or the subnets of a table, if this is the table's model."""
     if hp.subnets == "grid":
         order = outside_in if isinstance(model, Decoder) else depth_order
@@ -791,7 +785,7 @@ def choose_space(hp, given, model, folder):
                                    order)
     space = SUBNETS[hp.subnets]
     if space[0] != model.maxnet:
-        raise ValueError(f"--subnets {hp.subnets} is not for {folder}: {model.maxnet} is not "
+        raise ValueError(f"--subnets {hp.subnets} is not for this model: {model.maxnet} is not "
                          f"{space[0]}")
     if given.keys() & {"widths", "depths", "hidden"}:
         raise ValueError(f"--widths, --depths, --hidden do not go with --subnets {hp.subnets}")
@@ -803,11 +797,11 @@ def pick_dtype(hp, device):
 
     A learning rate of 1e-3 times a weight is less than bfloat16's last digit: it would be lost.
     """
-    half = hp.dtype == "bfloat16"
-    if hp.dtype == "auto" and hp.adapters == "low-rank":
-        gpu = device.startswith("cuda")
-        half = torch.cuda.is_bf16_supported(False) if gpu else torch.cpu._is_avx512_bf16_supported()
-    return torch.bfloat16 if half else torch.float32
+    if hp.dtype != "auto":
+        return hp.dtype
+    gpu = device.startswith("cuda")
+    half = torch.cuda.is_bf16_supported(False) if gpu else torch.cpu._is_avx512_bf16_supported()
+    return "bfloat16" if half and hp.adapters == "low-rank" else "float32"
 
 
 def shared_inputs(args):
@@ -830,8 +824,8 @@ def shared_inputs(args):
 def load_model(row, folder, hp, device):
     """The base model, ready for stage 0; ValueError if it cannot serve the task."""
     torch.manual_seed(hp.seed)
-    model = load_pretrained(folder, max(1, len(row.labels)), pick_dtype(hp, device),
-                            row.labels)
+    dtype = getattr(torch, pick_dtype(hp, device))
+    model = load_pretrained(folder, max(1, len(row.labels)), dtype, row.labels)
     code = "loss" in row.metrics
     if isinstance(model, Decoder) != code:
         kind = "a decoder" if code else "an encoder"
@@ -843,17 +837,17 @@ def load_model(row, folder, hp, device):
     return model
 
 
-def fit_settings(hp, given, model, folder):
+def fit_settings(hp, given, model):
     """The hyper-parameters for this model; ValueError for one that it cannot have."""
     if given.get("max_length", 0) > model.max_tokens:
-        raise ValueError(f"max_length {hp.max_length} exceeds the {model.max_tokens} positions of "
-                         f"{folder}")
+        raise ValueError(f"max_length {hp.max_length} exceeds the model's {model.max_tokens} "
+                         f"positions")
     hidden = model.config["hidden_size"]
     if hp.rank > hidden:
-        raise ValueError(f"rank {hp.rank} exceeds the hidden size {hidden} of {folder}")
+        raise ValueError(f"rank {hp.rank} exceeds the hidden size {hidden}")
     if model.drawn and not hp.epochs[0]:
-        raise ValueError(f"--epochs 0,... would leave the new {' and '.join(model.drawn)} of "
-                         f"{folder} untrained; give stage 0 an epoch")
+        raise ValueError(f"--epochs 0,... would leave the model's new {' and '.join(model.drawn)} "
+                         f"untrained; give stage 0 an epoch")
     # Of 2 heads there is no share of 0.75: the palette goes without, unless it was asked for.
     heads = model.config["num_attention_heads"] // model.head_group
     widths = tuple(share for share in hp.widths if "widths" in given or share * heads % 1 == 0)
@@ -877,27 +871,27 @@ def prepare(args, given):
         row = evaluate.in_order(row, folder)
     digest = evaluate.base_digest(model_folder)
     model = load_model(row, model_folder, hp, args.device)
-    hp = fit_settings(hp, given, model, model_folder)
-    space = choose_space(hp, given, model, model_folder)
+    hp = fit_settings(hp, given, model)
+    space = choose_space(hp, given, model)
     tokenizer = data.load_tokenizer(model_folder, model.config["vocab_size"])
     rows = data.load_task(row, data_folder)
     splits = {split: data.encode(tokenizer, part, hp.max_length) for split, part in rows.items()}
     train, held_out = data.hold_out(splits.pop("train"), hp.seed, hp.train_examples)
-    splits = {split: data.draw(part, hp.dev_examples) for split, part in splits.items()}
+    drawn = {split: data.draw(part, hp.dev_examples) for split, part in splits.items()}
+    splits = {"train": train, "held_out": held_out} | drawn
     settings = {
         "task": name, "row": row._asdict(), "note": note,
         "base": evaluate.located(model_folder, folder) | {"sha256": digest},
-        "data": evaluate.located(data_folder, folder)
-        | describe_data(row, rows, {"train": train, "held_out": held_out} | splits),
+        "data": evaluate.located(data_folder, folder) | describe_data(row, rows, splits),
         "hyper_parameters": dataclasses.asdict(hp),
         "space": [evaluate.describe(model, phi) for phi in space],
-        "device": args.device, "dtype": str(pick_dtype(hp, args.device)).removeprefix("torch."),
+        "device": args.device, "dtype": pick_dtype(hp, args.device),
         "processor": evaluate.device_name(args.device),
         "processes": processes()[1], "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "seconds": [0.0] * 3, "start_scores": [0.0] * 3, "peak_memory": 0, "command": args.command,
     }
-    run = Run(folder, settings, hp, row, model, space, train, held_out, splits, [])
+    run = Run(folder, settings, hp, row, model, space, splits, [])
     return run, claim_folder(run, args)
 
 
@@ -946,7 +940,7 @@ def opening(run):
     """What is about to be done, on what."""
     s = run.settings
     found = s["data"]
-    counts = [f"{found[split]:,} {split}" for split in ("train", "held_out", *run.splits)]
+    counts = [f"{found[split]:,} {split}" for split in run.splits]
     classes = ", ".join(run.task.labels)[:200] or "none"
     base = Path(s["base"]["folder"]).name
     notes = "".join(f"\n{base}: {note}" for note in run.model.notes)
@@ -994,8 +988,7 @@ def parse_arguments(argv):
     """
     # --help starts with the docstrings. The hyper-parameters, of which those that are given are
     # returned beside the options, have theirs from the comments at their lines.
-    manual = inspect.cleandoc(parse_arguments.__doc__)
-    parser = evaluate.Parser(f"{__doc__}\n{manual}")
+    parser = evaluate.Parser(f"{__doc__}\n{inspect.getdoc(parse_arguments)}")
     add = partial(parser.add_argument, help=argparse.SUPPRESS)
     for path in ("--model", "--data-dir", "--out", "--train", "--dev"):
         add(path, type=Path)

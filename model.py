@@ -19,7 +19,7 @@ import json
 import os
 import re
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -39,11 +39,10 @@ class SubnetConfig:
     num_attention_heads: int
     intermediate_size: int
     layers: tuple[int, ...]                          # 0-based maxnet layers: g_j(l) is layers[l]
-    name: str = field(default="", compare=False)
+    name: str = field(default="", compare=False)     # by default its sizes
 
     def __post_init__(self):
-        sizes = f"h{self.hidden_size}-n{self.num_attention_heads}-f{self.intermediate_size}"
-        object.__setattr__(self, "name", self.name or f"{sizes}-d{len(self.layers)}")
+        object.__setattr__(self, "name", self.name or str(astuple(self)[:4]))
 
 
 # --------------------------------------------------------------------------- the elastic parts
@@ -192,6 +191,7 @@ class SuperTransformer(nn.Module):
     has_head_dim = False                             # whether other libraries' config.json has one
     model_type = architecture = ""                   # the checkpoint world's names of the class
     tensor_names = {}                                # ours -> the checkpoint's, part by part
+    ignored = ""                                     # pattern of stored names without a meaning
     config_names = {}                                # the same for config.json
     defaults = {}                                    # of fields that config.json may leave out
     required = {}                                    # fields of which we implement one value
@@ -310,7 +310,7 @@ class SuperTransformer(nn.Module):
             module = self.get_submodule(".".join(path))
             merge = kind == "weight" and isinstance(module, ElasticLinear)
             whole = module.merged() if merge else getattr(module, kind)
-            corner = tuple(slice(size) for size in part.shape)       # Π_Φ: the leading block
+            corner = tuple(map(slice, part.shape))                   # Π_Φ: the leading block
             state[name] = whole[corner].clone()
         small.load_state_dict(state, assign=True)
         return small
@@ -421,7 +421,7 @@ class Bert(SuperTransformer):
     defaults = {"type_vocab_size": 2, "layer_norm_eps": 1e-12, "hidden_act": "gelu"}
     required = {"position_embedding_type": "absolute"}
     sizes = (*SuperTransformer.sizes, "type_vocab_size")
-    ignored = re.compile(r"cls\.(predictions|seq_relationship)\..*|embeddings\.position_ids")
+    ignored = r"cls\.(predictions|seq_relationship)\..*|embeddings\.position_ids"
     tensor_names = {
         "word_embeddings": "embeddings.word_embeddings",
         "position_embeddings": "embeddings.position_embeddings",
@@ -489,7 +489,7 @@ class Bert(SuperTransformer):
         """A stored tensor under its one name: without "bert.", LayerNorm.weight, not gamma."""
         name = name.removeprefix(f"{cls.model_type}.")
         name = name.replace("Norm.gamma", "Norm.weight").replace("Norm.beta", "Norm.bias")
-        return {} if cls.ignored.fullmatch(name) else {name: tensor}
+        return {name: tensor}
 
     @classmethod
     def write(cls, tensors):
@@ -553,9 +553,12 @@ class Cache:
 
 
 class DecoderLayer(nn.Module):
-    """Pre-LN: normalisation before attention and FFN; groups of heads share a key/value head."""
+    """Pre-LN: normalisation before attention and FFN; groups of heads share a key/value head.
 
-    def __init__(self, l, c, norm, bias):
+    As it stands, SantaCoder's: FFN(x) = gelu(x W_1) W_2, biases everywhere, no rotation.
+    """
+
+    def __init__(self, l, c, norm=ElasticLayerNorm, bias=True):
         super().__init__()
         H = c["hidden_size"]
         D = c["head_dim"]
@@ -593,16 +596,23 @@ class DecoderLayer(nn.Module):
         inner = self.inner(self.ffn_norm(x), phi.intermediate_size)              # (B, T, I)
         return self.output(inner, H).add_(x)
 
+    def rotate(self, x, rotation):
+        return x
+
+    def inner(self, x, intermediate_size):
+        return self.activation(self.intermediate(x, intermediate_size))
+
 
 class Decoder(SuperTransformer):
     """A causal language model: logits of the next token. Nothing is trained but A_s, B_s."""
 
     def __init__(self, c, norm):
         super().__init__(c)
-        tied = c["tie_word_embeddings"]
-        self.word_embeddings = ElasticEmbedding(c["vocab_size"], c["hidden_size"])
-        self.final_norm = norm(c["hidden_size"], c["layer_norm_eps"])
-        self.lm_head = None if tied else ElasticEmbedding(c["vocab_size"], c["hidden_size"])
+        H = c["hidden_size"]
+        V = c["vocab_size"]
+        self.word_embeddings = ElasticEmbedding(V, H)
+        self.final_norm = norm(H, c["layer_norm_eps"])
+        self.lm_head = None if c["tie_word_embeddings"] else ElasticEmbedding(V, H)
 
     @property
     def head_group(self):
@@ -662,8 +672,8 @@ class Decoder(SuperTransformer):
     def complete(cls, config):
         heads = config["num_attention_heads"]
         config.setdefault("num_key_value_heads", heads)
-        check_size(cls, config, "num_key_value_heads")
-        check(cls, config, "num_key_value_heads", heads % config["num_key_value_heads"] == 0,
+        check_size(config, "num_key_value_heads")
+        check(config, "num_key_value_heads", heads % config["num_key_value_heads"] == 0,
               f"a divisor of num_attention_heads, {heads}")
 
     @classmethod
@@ -675,19 +685,6 @@ class Decoder(SuperTransformer):
             if twin.dtype != embedding.dtype or not torch.equal(twin, embedding):
                 raise ValueError("tensor 'lm_head.weight' differs from the embedding, though "
                                  "tie_word_embeddings is true")
-
-
-class GPTLayer(DecoderLayer):
-    """FFN(x) = gelu(x W_1) W_2, biases everywhere, no rotation."""
-
-    def __init__(self, l, c):
-        super().__init__(l, c, ElasticLayerNorm, bias=True)
-
-    def rotate(self, x, rotation):
-        return x
-
-    def inner(self, x, intermediate_size):
-        return self.activation(self.intermediate(x, intermediate_size))
 
 
 class GPT(Decoder):
@@ -710,13 +707,14 @@ class GPT(Decoder):
         "query": "attn.query", "key": "attn.key", "value": "attn.value",
         "attention_output": "attn.c_proj", "intermediate": "mlp.c_fc", "output": "mlp.c_proj",
     }
+    ignored = r"h\.\d+\.attn\.(masked_)?bias"        # buffers: the causal mask
     # gpt_bigcode fuses all three into c_attn; SantaCoder's own code (gpt2) has q_attn and kv_attn.
     fused = {"c_attn": ("query", "key", "value"), "q_attn": ("query",), "kv_attn": ("key", "value")}
 
     def __init__(self, c):
         super().__init__(c, ElasticLayerNorm)
         self.position_embeddings = ElasticEmbedding(c["max_position_embeddings"], c["hidden_size"])
-        self.layers = nn.ModuleList(GPTLayer(l, c) for l in range(c["num_hidden_layers"]))
+        self.layers = nn.ModuleList(DecoderLayer(l, c) for l in range(c["num_hidden_layers"]))
 
     def embed(self, ids, positions, H):
         return self.word_embeddings(ids, H) + self.position_embeddings(positions, H), None
@@ -732,8 +730,6 @@ class GPT(Decoder):
     def read(cls, name, tensor, config):
         """A stored tensor as ours: Conv1D transposed, fused query, key and value taken apart."""
         name = name.removeprefix("transformer.")
-        if re.fullmatch(r"h\.\d+\.attn\.(masked_)?bias", name):      # buffers: the causal mask
-            return {}
         if config["model_type"] == "gpt2" and name.startswith("h.") and tensor.dim() == 2:
             tensor = tensor.T                                        # Conv1D keeps (in, out)
         for module, parts in cls.fused.items():
@@ -789,6 +785,7 @@ class Llama(Decoder):
     defaults = {"layer_norm_eps": 1e-6, "hidden_act": "silu", "tie_word_embeddings": False,
                 "rope_theta": 1e4}
     required = {"attention_bias": False, "mlp_bias": False, "partial_rotary_factor": 1.0}
+    ignored = r".*rotary_emb\.inv_freq"              # old buffers
     tensor_names = {
         "word_embeddings": "model.embed_tokens", "final_norm": "model.norm",
         "layers": "model.layers", "attention_norm": "input_layernorm",
@@ -822,14 +819,14 @@ class Llama(Decoder):
             raise ValueError(f"rotary scaling {short(kind)} is not supported")
         theta = config["rope_theta"] = rope.get("rope_theta", config["rope_theta"])
         fits = type(theta) in (int, float) and 1 <= theta <= 1e30
-        check(cls, config, "rope_theta", fits, "a number from 1 to 1e30")
+        check(config, "rope_theta", fits, "a number from 1 to 1e30")
         config["rope_theta"] = float(theta)
         if re.search("sliding|chunked", str(config.pop("layer_types", ""))):
             raise ValueError("layer_types with a sliding window are not supported")
 
     @classmethod
     def read(cls, name, tensor, config):
-        return {} if name.endswith("rotary_emb.inv_freq") else {name: tensor}    # old buffers
+        return {name: tensor}
 
     @staticmethod
     def write(tensors):
@@ -887,46 +884,47 @@ def read_config(folder):
     with naming(path):
         # First the numbers to compute with, then those that may have been filled in.
         for key in NEEDED:
-            check_size(family, config, key)
+            check_size(config, key)
         hidden = config["hidden_size"]
         heads = config["num_attention_heads"]
-        check(family, config, "hidden_size", "head_dim" in config or hidden % heads == 0,
+        check(config, "hidden_size", "head_dim" in config or hidden % heads == 0,
               f"a multiple of num_attention_heads, {heads}, where there is no head_dim")
         config.setdefault("head_dim", hidden // heads)
         family.complete(config)
         for key in family.sizes:
-            check_size(family, config, key)
-        check_choices(family, config)
+            check_size(config, key)
+        check_choices(config)
     return config
 
 
-def check(family, config, key, fits, rule):
+def check(config, key, fits, rule):
     """ValueError unless the field's value fits; by the field's name in config.json."""
     if not fits:
-        name = family.config_names.get(key, key)
+        name = FAMILIES[config["model_type"]].config_names.get(key, key)
         raise ValueError(f"{name} {short(config.get(key))} is not supported, only {rule}")
 
 
-def check_size(family, config, key):
+def check_size(config, key):
     # No more layers than can be built in a moment.
     most = 2 ** {"max_position_embeddings": 24, "num_hidden_layers": 9}.get(key, 20)
     size = config.get(key)
     fits = type(size) is int and 1 <= size <= most
-    check(family, config, key, fits, f"a whole number from 1 to {most}")
+    check(config, key, fits, f"a whole number from 1 to {most}")
 
 
-def check_choices(family, config):
+def check_choices(config):
     """The fields that are no sizes: what we have one or a few values for."""
     eps = config["layer_norm_eps"]
     fits = type(eps) is float and 0 < eps < 1
-    check(family, config, "layer_norm_eps", fits, "a number between 0 and 1")
+    check(config, "layer_norm_eps", fits, "a number between 0 and 1")
     choices = {"hidden_act": list(ACTIVATIONS), "tie_word_embeddings": [True, False]}
-    choices |= {key: [value] for key, value in family.required.items()}
+    required = FAMILIES[config["model_type"]].required
+    choices |= {key: [value] for key, value in required.items()}
     for key, known in choices.items():
         fits = config.get(key, known[0]) in known
-        check(family, config, key, fits, ", ".join(map(str, known)))
+        check(config, key, fits, ", ".join(map(str, known)))
     for key in ("id2label", "label2id"):
-        check(family, config, key, isinstance(config.get(key, {}), dict), "an object")
+        check(config, key, isinstance(config.get(key, {}), dict), "an object")
 
 
 def checkpoint_files(folder):
@@ -1003,6 +1001,8 @@ def tensors_by_name(tensors, family, config):
     foreign = set()
     for name, tensor in tensors:
         for key, part in family.read(name, tensor, config).items():
+            if re.fullmatch(family.ignored, key):
+                continue
             if key == name and key.split(".")[0] not in network:
                 foreign.add(key)                     # neither "bert.", say, nor "encoder."
             if key in stored:
@@ -1014,7 +1014,7 @@ def tensors_by_name(tensors, family, config):
 def draw_head(model, stored):
     """Adds to `stored` what it lacks of the head: a masked LM, say, has no pooler."""
     for part in model.trained_whole:
-        name = checkpoint_name(type(model), part)
+        name = checkpoint_name(model, part)
         if not {f"{name}.weight", f"{name}.bias"} & stored.keys():
             seed = torch.randint(2 ** 31, ()).item()
             drawn = initialise(getattr(model, part).to_empty(device="cpu"), seed).state_dict()
@@ -1064,7 +1064,7 @@ def load_trained_state(model, state):
     ValueError names the first tensor that does not fit.
     """
     with naming("the adapters do not fit this base model"):
-        if any(name.startswith("order.") for name in state):
+        if "order.0.heads" in state:
             model.permute(stored_order(model, state))
         first = f"layers.0.{model.adapted[0]}."
         if first + "weight" in state:                # full-rank MLFS: all of W is in there
@@ -1146,13 +1146,12 @@ def save_pretrained(model, folder, labels=()):
         if path.exists():
             raise FileExistsError(f"{path} exists already; choose another folder, or delete it")
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {checkpoint_name(type(model), name): p.detach().contiguous()
+    tensors = {checkpoint_name(model, name): p.detach().contiguous()
                for name, p in model.named_parameters()}
     with replacing(folder / "model.safetensors") as path:
         save_file(model.write(tensors), path, {"format": "pt"})
     with replacing(folder / "config.json") as path:
-        config = stored_config(model, labels)
-        path.write_text(json.dumps(config, indent=2) + "\n")
+        path.write_text(json.dumps(stored_config(model, labels), indent=2) + "\n")
 
 
 # What config.json says of the original's weights, task and code.
@@ -1197,7 +1196,7 @@ def pad_heads(model, heads):
     # Strict: adapters, which have no place here, are to be merged first (`extract`).
     for new, old in zip(padded.parameters(), model.parameters(), strict=True):
         new.data = old.new_zeros(new.shape)
-        corner = tuple(slice(size) for size in old.shape)
+        corner = tuple(map(slice, old.shape))
         new[corner] = old
     return padded
 

@@ -482,7 +482,7 @@ def test_a_download_is_unpacked_whole_or_not_at_all(tmp_path, monkeypatch):
         (absent, "no network"),
     ):
         monkeypatch.setattr(torch.hub, "download_url_to_file", fetch)
-        words = f"data of sst2 is not in .*glue and could not be downloaded .*({reason}).*; put it"
+        words = f"sst2 is not in .*glue and could not be downloaded .*({reason}).*; put it"
         with pytest.raises(FileNotFoundError, match=words):
             data.find_data("sst2")
         assert not list((tmp_path / "glue" / "SST-2").iterdir())
@@ -570,7 +570,8 @@ def test_a_model_that_arrives_in_part_is_no_model(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="there is no .*santacoder/model.safetensors; "):
         load_pretrained(data.find_model("python"))
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", silent)
-    with pytest.raises(FileNotFoundError, match="BERT-base is not in .* .TimeoutError.; put it"):
+    words = "google-bert/bert-base-uncased is not in .* .TimeoutError.; put it"
+    with pytest.raises(FileNotFoundError, match=words):
         data.find_model("sst2")
 
 
@@ -619,7 +620,8 @@ def test_only_a_missing_network_makes_the_toy_stand_in(
         assert data.find_inputs("sst2", None, None)[0] == "toy"
         assert "TOY RUN, not BERT-BASE ON SST2: " in capsys.readouterr().out
         return
-    with pytest.raises(FileNotFoundError, match="BERT-base is not in .* could not be downloaded"):
+    words = "bert-base-uncased is not in .* could not be downloaded"
+    with pytest.raises(FileNotFoundError, match=words):
         data.find_inputs("sst2", None, None)
     assert not capsys.readouterr().out
 

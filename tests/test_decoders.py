@@ -146,7 +146,7 @@ def test_one_key_is_never_sliced_and_shared_keys_go_in_whole_groups():
     assert torch.equal(small.key.weight, llama.layers[0].key.weight[:4])
     with pytest.raises(ValueError, match="3 heads; this model's come in groups of 2"):
         llama.extract(dataclasses.replace(phi, num_attention_heads=3))
-    with pytest.raises(ValueError, match="0.75 of 2 groups of 2 heads is not possible: 1.5"):
+    with pytest.raises(ValueError, match="0.75 of 2 groups of 2 heads is 1.5, not"):
         mlfs.configuration_space(llama.maxnet, (1, 0.75), head_group=llama.head_group)
 
 
@@ -718,7 +718,7 @@ def test_a_resumed_decoder_run_ends_with_the_same_bits(run, adapters, stage, mon
         (["--task", "python", "--model", "bert"], "this task needs a decoder; bert is a Bert"),
         (
             ["--task", "python", "--model", "tiny", "--subnets", "santacoder"],
-            "santacoder is not for tiny",
+            "santacoder is not for this model",
         ),
         (
             ["--task", "python", "--model", "tiny", "--adapters", "full", "--dtype", "bfloat16"],

@@ -159,12 +159,12 @@ EXPECTED = (
     "command, words",
     [
         (["--task", "sst3"], "unknown task 'sst3'"),
-        (["--rank", "0"], "rank must be at least 1"),
+        (["--rank", "0"], "rank must be in [1, inf]"),
         (["--alpha", "2"], "alpha must be in [0, 1]"),
         (["--gamma", "1000"], "gamma must be in [0, 10]"),
         (["--rank", "100000000000"], "exceeds the hidden size 96"),
-        (["--widths", "1,.3"], "0.3 of 4 heads is not possible"),
-        (["--widths", "1e999999999"], "inf of 4 heads is not possible"),
+        (["--widths", "1,.3"], "0.3 of 4 heads is 1.2, not a whole number"),
+        (["--widths", "1e999999999"], "inf of 4 heads is inf, not a whole number"),
         (["--data-dir", "."], "--data-dir .: name its --task"),
         (["--resume", "--overwrite"], "--overwrite: not allowed with argument --resume"),
         (["--model", "nowhere"], "nowhere"),
@@ -173,7 +173,7 @@ EXPECTED = (
             ["--task", "rte", "--model", str(data.DOWNLOADS / "toy"), "--data-dir", "nowhere"],
             "there is no nowhere/RTE/train.tsv",
         ),
-        (["--max-length", "4000"], "exceeds the 64 positions"),
+        (["--max-length", "4000"], "exceeds the model's 64 positions"),
         (["--resume", "--out", "nowhere"], "there is no nowhere/run.json"),
         (["--device", "abacus"], "--device abacus cannot be used here"),
     ],
@@ -203,13 +203,13 @@ def test_without_network_sst2_becomes_the_toy_behind_a_banner(tmp_path, monkeypa
     assert "TOY RUN, not BERT-BASE ON SST2: " in capsys.readouterr().out
     with pytest.raises(
         FileNotFoundError,
-        match="BERT-base is not in .* and could not be downloaded .no route to host",
+        match="bert-base-uncased is not in .* and could not be downloaded .no route to host",
     ):
         data.find_inputs("sst2", None, tmp_path)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "config.json").write_text("{}")
     with pytest.raises(
-        FileNotFoundError, match="the data of sst2 is not in .* could not be downloaded"
+        FileNotFoundError, match="sst2 is not in .* could not be downloaded"
     ):
         data.find_inputs("sst2", tmp_path / "mine", None)
     fetched = []

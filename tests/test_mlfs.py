@@ -77,7 +77,7 @@ def test_the_space_starts_with_the_maxnet_and_ends_with_the_minnet(tiny):
     ],
 )
 def test_a_share_that_the_model_cannot_take_is_refused(tiny, share):
-    with pytest.raises(ValueError, match="is not a whole number from 1 to"):
+    with pytest.raises(ValueError, match=", not a whole number from 1 to"):
         configuration_space(tiny.maxnet, **share)
 
 
@@ -100,13 +100,13 @@ def test_two_subnets_cannot_have_one_name():
 )
 def test_the_default_palette_takes_the_shares_that_exist(model, widths):
     """Of 2 heads there is no 0.75, of 15 heads in 5 groups neither; asked for, that is an error."""
-    hp = m.fit_settings(HP, {}, model, "base")
-    names = [phi.name for phi in m.choose_space(hp, {}, model, "base")]
+    hp = m.fit_settings(HP, {}, model)
+    names = [phi.name for phi in m.choose_space(hp, {}, model)]
     assert names == [f"w{w}-d{d}" for w in widths for d in (4, 3, 2)]
     given = {"widths": (1.0, 0.3)}
-    hp = m.fit_settings(dataclasses.replace(HP, **given), given, model, "base")
-    with pytest.raises(ValueError, match="0.3 of . .*heads is not possible"):
-        m.choose_space(hp, given, model, "base")
+    hp = m.fit_settings(dataclasses.replace(HP, **given), given, model)
+    with pytest.raises(ValueError, match="0.3 of . .*heads is .*, not a whole number"):
+        m.choose_space(hp, given, model)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
@@ -479,7 +479,8 @@ def test_the_opening_says_what_of_the_head_is_new_or_left_out(tmp_path, monkeypa
 def test_stage_0_cannot_be_left_out_where_the_classifier_is_new(tmp_path, monkeypatch):
     """The students' teacher would be drawn at random; a stored classifier may do without."""
     strangers_base(tmp_path)
-    with pytest.raises(ValueError, match="--epochs 0,... would leave the new classifier of"):
+    words = "--epochs 0,... would leave the model's new classifier untrained"
+    with pytest.raises(ValueError, match=words):
         prepare(tmp_path, monkeypatch, "--epochs", "0,1,1")
     assert not (tmp_path / "run").exists()
     three = data.TASKS["toy"]._replace(labels=("a", "b", "c"))

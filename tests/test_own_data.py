@@ -152,7 +152,7 @@ def test_a_table_with_a_tasks_name_starts_from_bert_base_as_others_do(name, tmp_
     monkeypatch.setattr(data, "download_model", refuse)
     (tmp_path / f"{name}.csv").write_text(GOOD)
     command = ["--train", str(tmp_path / f"{name}.csv"), "--text", "text", "--label", "kind"]
-    with pytest.raises(FileNotFoundError, match="BERT-base is not in .* .it is asked for."):
+    with pytest.raises(FileNotFoundError, match="bert-base-uncased is not in .* .it is asked for."):
         mlfs.main([*command, "--out", str(tmp_path / "run")])
 
 

@@ -179,7 +179,7 @@ def alone(argv: list[str], full: bool) -> None:
     """
     run, _ = mlfs.prepare(*mlfs.parse_arguments(argv))
     hp, device = run.hp, run.settings["device"]
-    per_epoch = math.ceil(len(run.train.ids) / hp.batch_size)
+    per_epoch = math.ceil(len(run.splits["train"].ids) / hp.batch_size)
     passes = sum(hp.epochs[stage] * per_epoch
                  * len(mlfs.sample_sub_transformers(run.space, stage, hp.num_subnets, (0,)))
                  for stage in (1, 2))
@@ -187,7 +187,7 @@ def alone(argv: list[str], full: bool) -> None:
     rate = mlfs.HyperParameters(**mlfs.TASK_SETTINGS.get(run.settings["task"], {})).learning_rate
     stage_0 = dataclasses.replace(hp, epochs=(hp.epochs[0], 0, 0), learning_rate=rate)
     start = time.monotonic()
-    for _ in mlfs.mlfs(run.model, run.train, run.space, stage_0):
+    for _ in mlfs.mlfs(run.model, run.splits["train"], run.space, stage_0):
         pass
     seconds, rows, teacher = time.monotonic() - start, [], run.model.extract(run.space[0])
     head = sum(p.numel() for name in teacher.trained_whole
@@ -203,7 +203,8 @@ def alone(argv: list[str], full: bool) -> None:
             optimizer = mlfs.make_optimizer(student, {}, {})
             parameters = optimizer.param_groups[0]["params"]
             trained += sum(p.numel() for p in parameters)
-            batches, start = mlfs.mini_batches(run.train, own, 1, 0, device), time.monotonic()
+            batches = mlfs.mini_batches(run.splits["train"], own, 1, 0, device)
+            start = time.monotonic()
             for step, (x, y, *_) in itertools.islice(batches, steps):
                 with torch.no_grad():
                     z_1 = teacher.logits(teacher.encode(**x, phi=run.space[0])[0])
