@@ -671,7 +671,7 @@ def toy_review(rng):
     return f"{text} .", sentiment
 
 
-def load_toy(train=12_000, dev=1_000):
+def load_toy(train=5_000, dev=1_000):
     """Train and dev splits, disjoint as texts, each half positive."""
     rng = random.Random(0)
     label_of = {}                                    # (text,) -> 1 if positive; dev, then train

@@ -806,6 +806,12 @@ def usable_cores():
     return cores
 
 
+def pick_threads(model):
+    """One thread for thin matrices: two would wait for each other for longer than they work."""
+    cores = min(torch.get_num_threads(), usable_cores())
+    torch.set_num_threads(cores if model.config["hidden_size"] >= 256 else 1)
+
+
 def check_sandbox(problems):
     """ValueError unless here, after all imports, a right program passes and a wrong one fails."""
     text = "\n".join(problem["prompt"] + "\n" + problem["test"] for problem in problems)
@@ -1613,6 +1619,7 @@ class Opened:
         # What is shipped is measured: adapters merged.
         self.model = model.extract(model.maxnet)
         self.task = task_of(self.settings)
+        pick_threads(model)
         self.tokenizer = data.load_tokenizer(self.settings["base"]["folder"],
                                              model.config["vocab_size"])
         if self.settings["note"]:

@@ -110,7 +110,7 @@ def test_measuring_writes_what_every_subnet_is_gives_and_costs(copy, capsys):
     table = [line for line in printed.splitlines() if line.startswith("|")]
     assert len(table) == 6 and "\n".join(table) in (copy / "palette.md").read_text()
     half = next(line for line in table if line.startswith("| w0.5-d2")).split("|")
-    assert [cell.strip() for cell in half[2:6]] == ["2", "192", "96", "2"]
+    assert [cell.strip() for cell in half[2:6]] == ["2", "128", "64", "2"]
     assert "(25%)" in half[7] and "(25%)" in half[8]  # a quarter of the encoder and of its MACs
 
 
@@ -340,7 +340,7 @@ def test_an_exported_slice_is_a_checkpoint_with_tokenizer_labels_and_model_card(
     folder = copy.parent / "out"
     assert command(copy, "--export", "w0.5-d2", folder) == 0
     said = capsys.readouterr().out
-    assert "cannot express 2 heads of 24 at hidden size 96" in said and "--pad-heads" in said
+    assert "cannot express 2 heads of 16 at hidden size 64" in said and "--pad-heads" in said
     names = {"config.json", "model.safetensors", "vocab.txt", "tokenizer.json", "README.md"}
     names |= {"tokenizer_config.json"}
     assert {path.name for path in folder.iterdir()} == names
@@ -433,11 +433,11 @@ def test_which_shapes_other_libraries_can_express():
 
 
 def test_a_padded_export_says_what_the_zeros_cost(copy, capsys):
-    """4 heads of 24 at hidden size 96: config.json, file size, card and logits are those of 4."""
+    """4 heads of 16 at hidden size 64: config.json, file size, card and logits are those of 4."""
     folder = copy.parent / "out"
     assert command(copy, "--export", "w0.5-d2", folder, "--pad-heads") == 0
     config = json.loads((folder / "config.json").read_text())
-    assert config["num_attention_heads"] * config["head_dim"] == config["hidden_size"] == 96
+    assert config["num_attention_heads"] * config["head_dim"] == config["hidden_size"] == 64
     padded = load_pretrained(folder)
     size = sum(p.numel() for p in padded.parameters())
     said, card = capsys.readouterr().out, (folder / "README.md").read_text()

@@ -19,8 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import data  # noqa: E402
 import model  # noqa: E402
 
-CONFIG = {"model_type": "bert", "hidden_size": 96, "num_attention_heads": 4, "head_dim": 24,
-          "intermediate_size": 384, "num_hidden_layers": 4, "max_position_embeddings": 64,
+CONFIG = {"model_type": "bert", "hidden_size": 64, "num_attention_heads": 4, "head_dim": 16,
+          "intermediate_size": 256, "num_hidden_layers": 4, "max_position_embeddings": 64,
           "type_vocab_size": 2, "layer_norm_eps": 1e-12, "hidden_act": "gelu", "num_labels": 2,
           "pad_token_id": 0}
 STEPS, BATCH, LEARNING_RATE, MASKED, SEED = 3_000, 128, 1e-3, 0.15, 0
