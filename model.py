@@ -1220,9 +1220,8 @@ def low_rank_linear(x, W, b, A, B):
     """
     if not A:
         return F.linear(x, W, b)
-    # Σ_s A_s B_s = [A_0 A_1 A_2] [B_0; B_1; B_2]
-    A = torch.cat(A, dim=1) if len(A) > 1 else A[0]
-    B = torch.cat(B, dim=0) if len(B) > 1 else B[0]
+    A = torch.cat(A, dim=1).to(x.dtype)              # Σ_s A_s B_s = [A_0 A_1 A_2] [B_0; B_1; B_2]
+    B = torch.cat(B, dim=0).to(x.dtype)
     return LowRankLinear.apply(x, W, b, A, B)
 
 
@@ -1234,9 +1233,6 @@ class LowRankLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, W, b, A, B):
-        # Here, not outside: autograd turns a gradient back to A's own dtype by itself.
-        A = A.to(x.dtype)
-        B = B.to(x.dtype)
         rows = x.reshape(-1, x.size(-1))                                         # (M, i)
         y = F.linear(rows, W, b)                                                 # (M, o)
         xA = rows @ A                                                            # (M, r)
