@@ -66,7 +66,7 @@ def test_predictions_are_paired_with_their_labels_whatever_the_batches(tiny):
 
 def test_within_one_standard_error_the_smaller_subnet_is_shipped():
     rows = [
-        dict(name=n, parameters=p, score=s, stderr=0.01)
+        dict(name=n, parameters=p, size_mb=p, score=s, stderr=0.01)
         for n, p, s in (
             ("large", 9, 0.93),
             ("same", 7, 0.915),
@@ -261,6 +261,7 @@ def test_a_task_of_your_own_is_one_more_row_of_the_table(tmp_path, monkeypatch, 
     assert code == 2 and "/glue/moods/train.tsv; name the folder that holds moods/" in message
     assert not (data.DOWNLOADS / "glue" / "moods").exists()
     command = ["--task", "moods", "--model", str(data.DOWNLOADS / "toy"), "--epochs", "12,0,0"]
+    command += ["--learning-rate", "3e-3"]
     command += ["--data-dir", str(tmp_path), "--widths", "1", "--depths", "1", "--out"]
     code, message = exit_code([*command, str(tmp_path / "run")], capsys)
     assert code == 2 and "moods/train.tsv; name the folder that holds moods/" in message

@@ -248,13 +248,13 @@ def test_what_is_worth_shipping_is_what_would_be_chosen_for_every_budget():
 def test_a_budget_is_answered_from_the_stored_palette(copy, capsys, monkeypatch):
     """Scores and sizes are there from the training run: nothing is measured, no data is read."""
     monkeypatch.delattr(data, "load_task")
-    assert command(copy, "--max-params", "300000", "--max-size-mb", 1.2) == 0
+    assert command(copy, "--max-params", "150000", "--max-size-mb", 0.6) == 0
     rows = stored(copy)
-    within = [row for row in rows if row["parameters"] <= 0.3e6]
+    within = [row for row in rows if row["parameters"] <= 0.15e6]
     best, second = evaluate.choose(within, {}, "accuracy")[:2]
     out = capsys.readouterr().out
     head, first, after, where = out.splitlines()
-    assert head == "Within 300,000 parameters, 1.2 MB, best first:"
+    assert head == "Within 150,000 parameters, 0.6 MB, best first:"
     assert first.startswith(f"{best['name']} ({evaluate.quality(best, 'accuracy')}): ")
     assert f": {best['parameters']:,} parameters, {best['macs']:,} MACs per token, " in first
     assert after.startswith(f"{second['name']} (") and "Measured with dtype" in where
@@ -305,12 +305,12 @@ def test_a_latency_budget_is_measured_here_once(copy, capsys, monkeypatch):
 
 
 def test_when_none_fits_the_smallest_is_named_with_what_it_has_and_exit_code_3(copy, capsys):
-    assert command(copy, "--max-params", 1e5, "--max-macs", 1e9) == 3
+    assert command(copy, "--max-params", 5e4, "--max-macs", 1e9) == 3
     rows = stored(copy)
     least = rows[-1]
     message = capsys.readouterr().err
     assert message.count("\n") == 1
-    assert "no subnet fits within 100,000 parameters, 1,000,000,000 MACs per token;" in message
+    assert "no subnet fits within 50,000 parameters, 1,000,000,000 MACs per token;" in message
     assert f"w0.5-d2, has {least['parameters']:,} parameters, {least['macs']:,} MACs" in message
 
 
@@ -781,7 +781,7 @@ def flip(folder):
     "spoil, words",
     [
         (flip, "adapters.safetensors is damaged"),
-        (edit("run.json", '"intermediate_size": 192', '"intermediate_size": 1920'), "no part of"),
+        (edit("run.json", '"intermediate_size": 128', '"intermediate_size": 1280'), "no part of"),
         (edit("run.json", '"heads": 4', '"heads": "4"'), "was edited: there is no 'heads'"),
         (edit("run.json", '"seed": 0', '"seed": []'), "was edited: there is no 'seed'"),
         (
