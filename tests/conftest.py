@@ -123,11 +123,12 @@ def random_phi(seed: int, group: int = 1) -> SubnetConfig:
 
 
 LOAD_TOY = data.load_toy
-RUN_OPTIONS = ("--epochs", "1,1,1", "--widths", "1,.5", "--depths", "1,.5")
+# Three iterations a stage: 57 sentences are trained on, 3 are held out.
+RUN_OPTIONS = ("--epochs", "1,1,1", "--batch-size", "19", "--widths", "1,.5", "--depths", "1,.5")
 
 
 def load_small_toy():
-    return LOAD_TOY(train=300, dev=100)
+    return LOAD_TOY(train=60, dev=20)
 
 
 @pytest.fixture(scope="session")

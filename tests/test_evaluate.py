@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 import data
 import evaluate
 import mlfs
-from conftest import LOAD_TOY, load_small_toy, tiny_bert, tiny_llama
+from conftest import LOAD_TOY, RUN_OPTIONS, load_small_toy, tiny_bert, tiny_llama
 from evaluate import accuracy, f1, matthews, pearson, spearman
 
 P = np.array([1, 1, 0, 1, 0, 0, 1, 0, 1, 1])
@@ -115,12 +115,12 @@ def test_a_run_leaves_the_promised_files(run):
     assert (
         settings["hyper_parameters"]["rank"] == 8
         and len(settings["base"]["sha256"]) == 64
-        and settings["data"]["dev"] == 100
+        and settings["data"]["dev"] == 20
     )
 
 
 def test_a_run_folder_is_never_overwritten_unasked(run, capsys):
-    command = ["--out", str(run), "--epochs", "1,1,1", "--widths", "1,.5", "--depths", "1,.5"]
+    command = ["--out", str(run), *RUN_OPTIONS]
     before = (run / "adapters.safetensors").read_bytes()
     assert exit_code(command, capsys) == (
         2,
