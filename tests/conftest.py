@@ -1,5 +1,6 @@
 import os
 import sys
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -9,10 +10,14 @@ TESTS = Path(__file__).resolve().parent
 sys.path[:0] = [str(TESTS.parent), str(TESTS / "by_hand")]
 
 import data  # noqa: E402
+import evaluate  # noqa: E402
 import mlfs  # noqa: E402
 from model import GPT, Bert, Llama, SubnetConfig, SuperTransformer  # noqa: E402
 
 torch.set_num_threads(1)  # tiny models; more threads only wait for each other
+# The commands' own choice is 25 passes a subnet. No test reads how long they took.
+evaluate.latency = partial(evaluate.latency, rounds=2, runs=1)
+mlfs.settings_help = cache(mlfs.settings_help)  # made of the source, for each of many commands
 
 
 def pytest_configure():
