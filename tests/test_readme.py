@@ -8,6 +8,7 @@ import re
 import shlex
 import sys
 import types
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,7 @@ def test_no_page_stands_before_the_readme():
 NAMES = sorted(set(re.findall(r"`([\w/]+\.py::[\w.]+)`", "\n".join(TEXT.values()))))
 
 
+@cache
 def defined(path: Path) -> set[str]:
     """Functions, classes and constants of a file, methods as Class.method."""
     names = set()
