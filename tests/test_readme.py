@@ -198,6 +198,16 @@ def test_ci_runs_the_readmes_commands():
         assert line.split("#")[0].strip() in ci
 
 
+def test_ci_has_every_package_that_a_test_may_lack():
+    """Of one version each, for a new one has new opinions."""
+    lines = (ROOT / ".github" / "extras.txt").read_text(encoding="utf-8").splitlines()
+    pinned = {re.fullmatch(r"(\w+)==[\d.]+", line)[1] for line in lines}
+    tests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("*.py"))
+    assert set(re.findall(r'(?:importorskip|find_spec)\("(\w+)"\)', tests)) <= pinned
+    ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    assert ci.index("pytest -q\n") < ci.index("-r .github/extras.txt") < ci.rindex("pytest -q")
+
+
 def entries(help_text: str) -> dict[str, str]:
     """Each option of a --help with what is said of it."""
     found = {}
