@@ -441,7 +441,7 @@ def test_losses_in_chunks_equal_the_whole_in_value_and_gradient(decoder, full, a
     hp = dataclasses.replace(HP, alpha=alpha, kl=kl, temperature=2.0)
     decoder.add_stage(None if full else 2)
     randomise_adapters(decoder)
-    phi, ids = random_phi(3, decoder.head_group), tokens()
+    phi, ids = random_phi(3, decoder.head_group), tokens(size=2, length=6)
     trained = [p for p in decoder.parameters() if p.requires_grad]
     s_1 = decoder.encode(ids, None, decoder.maxnet)[0].detach()
     z, z_1 = decoder(ids, phi=phi)[0][:, :-1], decoder(ids)[0][:, :-1].detach()
@@ -638,7 +638,7 @@ def python_task(tokenizer):
 )
 def test_a_decoders_palette_learns_and_is_read_back(run, options, capsys):
     """Every subnet's validation loss falls; what is stored gives the same palette again."""
-    folder = run("--epochs", "2,1,2", "--validate-every", "3", "--learning-rate", "1e-2", *options)
+    folder = run("--epochs", "1,1,1", "--validate-every", "2", "--learning-rate", "3e-2", *options)
     rows = json.loads((folder / "palette.json").read_text())["subnets"]
     for row in rows:
         assert row["history"]["stage 2"] < row["history"]["sliced teacher"]
