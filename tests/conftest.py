@@ -128,12 +128,12 @@ def random_phi(seed: int, group: int = 1) -> SubnetConfig:
 
 
 LOAD_TOY = data.load_toy
-# Three iterations a stage: 57 sentences are trained on, 3 are held out.
+# Two iterations a stage: 38 sentences are trained on, 2 are held out.
 RUN_OPTIONS = ("--epochs", "1,1,1", "--batch-size", "19", "--widths", "1,.5", "--depths", "1,.5")
 
 
 def load_small_toy():
-    return LOAD_TOY(train=60, dev=20)
+    return LOAD_TOY(train=40, dev=20)
 
 
 @pytest.fixture(scope="session")

@@ -343,7 +343,7 @@ def test_a_pair_task_with_two_dev_sets_and_a_regression_run_from_end_to_end(tmp_
         ("stsb", {"pearson", "spearman"}),
     ):
         assert (
-            mlfs.main(["--task", task, *small, "--out", str(tmp_path / task), "--batch-size", "16"])
+            mlfs.main(["--task", task, *small, "--out", str(tmp_path / task), "--batch-size", "32"])
             == 0
         )
         rows = json.loads((tmp_path / task / "palette.json").read_text())["subnets"]

@@ -107,14 +107,14 @@ def at_iteration(number: int, do, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "number, when", [(signal.SIGINT, 2), (signal.SIGINT, 4), (signal.SIGTERM, 8)]
+    "number, when", [(signal.SIGINT, 1), (signal.SIGINT, 3), (signal.SIGTERM, 6)]
 )
 def test_a_stopped_run_is_saved_and_goes_on_to_the_same_bits(
     run, command, number, when, tmp_path, monkeypatch, capsys
 ):
     """SIGINT or SIGTERM: the iteration is finished and stored, exit code 128 + the signal's number;
     resumed, the run ends as one that was never stopped, also where the signal comes between two
-    stages (4). The old handlers are back."""
+    stages (3). The old handlers are back."""
     before = signal.getsignal(number)
     with monkeypatch.context() as patch:
         at_iteration(when, lambda: os.kill(os.getpid(), number), patch)
@@ -139,7 +139,7 @@ def test_a_run_on_a_gpu_asks_for_sums_in_one_order_and_one_on_a_cpu_does_not(com
 
 
 def one_of_two(rank: int, folder: Path) -> None:
-    """A run of two processes; SIGTERM comes to the second alone, twice, in iteration 2."""
+    """A run of two processes; SIGTERM comes to the second alone, twice, in iteration 1."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
     with pytest.MonkeyPatch.context() as patch:
@@ -150,7 +150,7 @@ def one_of_two(rank: int, folder: Path) -> None:
                 os.kill(os.getpid(), signal.SIGTERM)
                 os.kill(os.getpid(), signal.SIGTERM)
 
-            at_iteration(2, end_twice, patch)
+            at_iteration(1, end_twice, patch)
         code = mlfs.main(["--out", str(folder / "toy"), "--device", "cpu", *RUN_OPTIONS])
     (folder / f"{rank}.txt").write_text(str(code))
 
@@ -162,7 +162,7 @@ def test_a_signal_to_one_process_stops_all_after_the_same_iteration(tmp_path):
     log = (tmp_path / "toy" / "log.jsonl").read_text()
     assert log == ""  # ten iterations are between two lines
     _, at = evaluate.read_tensors(tmp_path / "toy" / "state.safetensors")
-    assert (int(at["stage"]), int(at["step"])) == (0, 2)
+    assert (int(at["stage"]), int(at["step"])) == (0, 1)
 
 
 def test_two_runs_cannot_write_to_one_folder(run, command, tmp_path, capsys):
@@ -279,13 +279,13 @@ def test_a_new_volume_is_an_empty_run_folder(tmp_path):
 def test_a_full_disk_is_one_sentence_and_the_last_checkpoint_stays(
     command, tmp_path, monkeypatch, capsys
 ):
-    """Nothing more can be written from iteration 8 (stage 2) on: what was there still loads."""
+    """Nothing more can be written from iteration 6 (stage 2) on: what was there still loads."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def fill() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
 
-    at_iteration(8, fill, monkeypatch)
+    at_iteration(6, fill, monkeypatch)
     try:
         assert command() == 2
     finally:
