@@ -441,7 +441,7 @@ def test_losses_in_chunks_equal_the_whole_in_value_and_gradient(decoder, full, a
     hp = dataclasses.replace(HP, alpha=alpha, kl=kl, temperature=2.0)
     decoder.add_stage(None if full else 2)
     randomise_adapters(decoder)
-    phi, ids = random_phi(3, decoder.head_group), tokens()
+    phi, ids = random_phi(3, decoder.head_group), tokens(size=2, length=6)
     trained = [p for p in decoder.parameters() if p.requires_grad]
     s_1 = decoder.encode(ids, None, decoder.maxnet)[0].detach()
     z, z_1 = decoder(ids, phi=phi)[0][:, :-1], decoder(ids)[0][:, :-1].detach()
@@ -608,22 +608,27 @@ def test_held_out_and_train_are_disjoint_and_as_many_as_asked_for():
 
 @pytest.fixture
 def run(tmp_path, tokenizer, monkeypatch):
-    """`mlfs.py --task python` on a tiny Llama and 60 tiny files; returns the run folder."""
+    """The function `python_task` in a folder of its own."""
     monkeypatch.chdir(tmp_path)
-    model, rng = tiny_llama(vocab_size=257), np.random.default_rng(0)
+    return python_task(tokenizer)
+
+
+def python_task(tokenizer):
+    """`mlfs.py --task python` here, on a tiny Llama and 20 tiny files; returns the run folder."""
+    model, rng = tiny_llama(vocab_size=257, num_hidden_layers=2), np.random.default_rng(0)
     for p in model.parameters():
         p.data *= 0.3
     save_pretrained(model, "tiny")
     tokenizer.save("tiny/tokenizer.json")
-    for i in range(60):
+    for i in range(20):
         words = rng.choice(["for i in range(3):\n", "    print(i)\n", "x = 1\n"], 4)
-        write(tmp_path / "code" / f"{i}.py", "".join(words))
+        write(Path("code", f"{i}.py"), "".join(words))
 
     def command(*options: str) -> Path:
         fixed = ["--task", "python", "--model", "tiny", "--data-dir", "code", "--widths", "1,1/2"]
         fixed += ["--depths", "1,1/2", "--max-length", "16", "--rank", "2", "--dtype", "float32"]
         assert mlfs.main([*fixed, "--batch-size", "8", *options]) == 0
-        return tmp_path / "runs" / "python-tiny"
+        return Path("runs", "python-tiny").resolve()
 
     return command
 
@@ -633,14 +638,14 @@ def run(tmp_path, tokenizer, monkeypatch):
 )
 def test_a_decoders_palette_learns_and_is_read_back(run, options, capsys):
     """Every subnet's validation loss falls; what is stored gives the same palette again."""
-    folder = run("--epochs", "2,1,2", "--validate-every", "8", "--learning-rate", "1e-2", *options)
+    folder = run("--epochs", "1,1,1", "--validate-every", "2", "--learning-rate", "3e-2", *options)
     rows = json.loads((folder / "palette.json").read_text())["subnets"]
     for row in rows:
         assert row["history"]["stage 2"] < row["history"]["sliced teacher"]
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     curves = [line["validation"] for line in log if "validation" in line]
     assert len(curves) > 10 and all(set(c) == {row["name"] for row in rows} for c in curves)
-    assert curves[-1]["w1-d4"] < curves[0]["w1-d4"]
+    assert curves[-1]["w1-d2"] < curves[0]["w1-d2"]
     before = capsys.readouterr().out
     assert "nats per token, lower is better" in before
     full = 3 if options else 0  # stages that train all of W
@@ -663,11 +668,11 @@ def test_a_decoder_is_chosen_exported_and_completes_a_text(run, capsys):
     out = capsys.readouterr().out
     assert "Within 1,000,000,000 parameters, 1,000,000,000 ms, best first:" in out
     assert f"\n{best['name']} ({best['score']:.3f} ± " in out and " ms\n" in out
-    assert evaluate.main([str(folder), "--export", "w0.5-d2", "out"]) == 0
+    assert evaluate.main([str(folder), "--export", "w0.5-d1", "out"]) == 0
     assert "The transformers library can load it." in capsys.readouterr().out
     small, tokenizer = load_pretrained("out"), data.load_tokenizer("out")
     text = "for i in"
-    command = [str(folder), "--subnet", "w0.5-d2", "--max-new-tokens", "5", "--predict", text]
+    command = [str(folder), "--subnet", "w0.5-d1", "--max-new-tokens", "5", "--predict", text]
     assert evaluate.main(command) == 0
     said = capsys.readouterr().out
     assert said == text + evaluate.generate(small, tokenizer, [text], 5)[0] + "\n"
@@ -677,7 +682,7 @@ def test_a_decoder_is_chosen_exported_and_completes_a_text(run, capsys):
 def test_a_random_start_knows_nothing_and_is_read_back(run, capsys):
     """Figs. 5 and 6: the checkpoint's weights are not used; adapters sit on the same draw."""
     folder = run("--init", "random", "--epochs", "1,0,0", "--validate-every", "100")
-    first = json.loads((folder / "log.jsonl").read_text().splitlines()[0])["validation"]["w1-d4"]
+    first = json.loads((folder / "log.jsonl").read_text().splitlines()[0])["validation"]["w1-d2"]
     assert first == pytest.approx(np.log(257), abs=0.02)
     rows = json.loads((folder / "palette.json").read_text())["subnets"]
     capsys.readouterr()
@@ -686,24 +691,33 @@ def test_a_random_start_knows_nothing_and_is_read_back(run, capsys):
     assert all(f"{row['score']:.3f}" in again for row in rows)
 
 
-@pytest.mark.parametrize("adapters", ["low-rank", "full"])
-@pytest.mark.parametrize("stage", [0, 1, 2])
-def test_a_resumed_decoder_run_ends_with_the_same_bits(run, adapters, stage, monkeypatch):
-    options = ["--epochs", "1,1,1", "--adapters", adapters, "--train-examples", "80"]
-    folder = run(*options)
-    whole = load_file(folder / "adapters.safetensors")
-    algorithm = mlfs.mlfs
+@pytest.fixture(scope="module", params=["low-rank", "full"])
+def killed(request, tokenizer, tmp_path_factory):
+    """A command, the folder of its run, and beside it what a kill as stage S began left: "S"."""
+    place, algorithm = tmp_path_factory.mktemp("killed"), mlfs.mlfs
 
-    def broken(*args):
+    def copying(*args):
         for at in algorithm(*args):
             yield at
-            if isinstance(at, mlfs.StageBegins) and args[4] == mlfs.State(stage, U=args[4].U):
-                raise KeyboardInterrupt
+            if isinstance(at, mlfs.StageBegins):
+                shutil.copytree(place / "runs" / "python-tiny", place / "runs" / str(at.stage))
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(mlfs, "mlfs", broken)
-        run(*options, "--overwrite")
-    run(*options, "--resume")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        run = python_task(tokenizer)
+        options = ["--epochs", "1,1,1", "--adapters", request.param, "--train-examples", "24"]
+        with patch.context() as copies:
+            copies.setattr(mlfs, "mlfs", copying)
+            folder = run(*options)
+        yield lambda *more: run(*options, *more), folder
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_a_resumed_decoder_run_ends_with_the_same_bits(killed, stage):
+    run, folder = killed
+    whole = load_file(folder / "adapters.safetensors")
+    folder = folder.parent / str(stage)
+    run("--resume", "--out", str(folder))
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     places = [(line["stage"], line["step"]) for line in log if "validation" in line]
     assert len(places) == len(set(places)) and len(places) >= 3  # none is measured twice
@@ -910,7 +924,7 @@ def test_no_generated_code_runs_without_leave(run, tmp_path, monkeypatch, capsys
         evaluate.main(["runs/python-tiny", "--humaneval", "problems.jsonl"])
     folder = run("--epochs", "1,0,0")
     allowed = [str(folder), "--humaneval", "problems.jsonl", "--allow-code-execution"]
-    with pytest.raises(ValueError, match="there is no subnet 'w9', only w1-d4,"):
+    with pytest.raises(ValueError, match="there is no subnet 'w9', only w1-d2,"):
         evaluate.main([*allowed, "--subnets", "w9"])
     with pytest.raises(ValueError, match="greedy text is always the same"):
         evaluate.main([*allowed, "--samples", "2"])
@@ -924,9 +938,9 @@ def test_no_generated_code_runs_without_leave(run, tmp_path, monkeypatch, capsys
     monkeypatch.setattr(
         evaluate, "check_correctness", lambda *a: {"passed": True, "result": "passed"}
     )
-    assert evaluate.main([*allowed, "--subnets", "w0.5-d2", "--max-new-tokens", "4"]) == 0
-    assert "w0.5-d2: pass@1 100.0, stderr 0.0; 3 problems" in capsys.readouterr().out
-    assert len((folder / "humaneval-w0.5-d2.jsonl").read_text().splitlines()) == 3
+    assert evaluate.main([*allowed, "--subnets", "w0.5-d1", "--max-new-tokens", "4"]) == 0
+    assert "w0.5-d1: pass@1 100.0, stderr 0.0; 3 problems" in capsys.readouterr().out
+    assert len((folder / "humaneval-w0.5-d1.jsonl").read_text().splitlines()) == 3
 
 
 def test_odd_problem_files_are_judged_or_told(run, tmp_path, monkeypatch, capsys):
@@ -942,7 +956,7 @@ def test_odd_problem_files_are_judged_or_told(run, tmp_path, monkeypatch, capsys
     path = tmp_path / "problems.jsonl"
     path.write_text("\n" + "\n  \n".join(lines) + "\n\n")
     options = [str(folder), "--humaneval", str(path), "--allow-code-execution"]
-    options += ["--subnets", "w0.5-d2", "--max-new-tokens", "4"]
+    options += ["--subnets", "w0.5-d1", "--max-new-tokens", "4"]
     assert evaluate.main(options) == 0
     out = capsys.readouterr().out
     assert "pass@1 66.7" in out

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 import data
 import evaluate
 import mlfs
-from conftest import LOAD_TOY, load_small_toy, tiny_bert, tiny_llama
+from conftest import LOAD_TOY, RUN_OPTIONS, load_small_toy, tiny_bert, tiny_llama
 from evaluate import accuracy, f1, matthews, pearson, spearman
 
 P = np.array([1, 1, 0, 1, 0, 0, 1, 0, 1, 1])
@@ -115,12 +115,12 @@ def test_a_run_leaves_the_promised_files(run):
     assert (
         settings["hyper_parameters"]["rank"] == 8
         and len(settings["base"]["sha256"]) == 64
-        and settings["data"]["dev"] == 100
+        and settings["data"]["dev"] == 20
     )
 
 
 def test_a_run_folder_is_never_overwritten_unasked(run, capsys):
-    command = ["--out", str(run), "--epochs", "1,1,1", "--widths", "1,.5", "--depths", "1,.5"]
+    command = ["--out", str(run), *RUN_OPTIONS]
     before = (run / "adapters.safetensors").read_bytes()
     assert exit_code(command, capsys) == (
         2,
@@ -260,19 +260,20 @@ def test_a_task_of_your_own_is_one_more_row_of_the_table(tmp_path, monkeypatch, 
     code, message = exit_code(["--task", "moods", "--model", str(data.DOWNLOADS / "toy")], capsys)
     assert code == 2 and "/glue/moods/train.tsv; name the folder that holds moods/" in message
     assert not (data.DOWNLOADS / "glue" / "moods").exists()
-    command = ["--task", "moods", "--model", str(data.DOWNLOADS / "toy"), "--epochs", "12,0,0"]
+    command = ["--task", "moods", "--model", str(data.DOWNLOADS / "toy"), "--epochs", "8,0,0"]
     command += ["--learning-rate", "3e-3"]
     command += ["--data-dir", str(tmp_path), "--widths", "1", "--depths", "1", "--out"]
     code, message = exit_code([*command, str(tmp_path / "run")], capsys)
     assert code == 2 and "moods/train.tsv; name the folder that holds moods/" in message
     words = {"bad": "awful", "fair": "nice", "good": "superb"}
     (tmp_path / "moods").mkdir()
-    for name, nouns in (("train", data.NOUNS[:12]), ("dev", data.NOUNS[12:])):
+    for name, nouns in (("train", data.NOUNS[:12]), ("dev", data.NOUNS[12:13])):
         lines = [
             f"{mood}\tthe {noun} is {word} ." for noun in nouns for mood, word in words.items()
         ]
         (tmp_path / "moods" / f"{name}.tsv").write_text("\n".join(["mood\ttext", *lines]))
-    assert mlfs.main([*command, str(tmp_path / "run"), "--batch-size", "8"]) == 0
+    command += [str(tmp_path / "run"), "--batch-size", "12", "--learning-rate", "1e-2"]
+    assert mlfs.main(command) == 0
     capsys.readouterr()
     for mood, word in words.items():
         text = f"the hero is {word} ."
@@ -313,7 +314,7 @@ def test_a_spoiled_run_folder_is_refused_by_name(run, tmp_path, spoil, words):
 
 def test_a_pair_task_with_two_dev_sets_and_a_regression_run_from_end_to_end(tmp_path):
     """MNLI scores both dev sets; STS-B trains on the squared error, scores correlations."""
-    reviews = [text for (text,) in LOAD_TOY(train=40, dev=2)["train"].texts]
+    reviews = [text for (text,) in LOAD_TOY(train=24, dev=2)["train"].texts]
     header = "index\tsentence1\tsentence2\t"
     for folder, label, values, dev in (
         ("MNLI", "gold_label", ("neutral", "entailment", "contradiction"), data.MNLI_DEV),
@@ -343,7 +344,7 @@ def test_a_pair_task_with_two_dev_sets_and_a_regression_run_from_end_to_end(tmp_
         ("stsb", {"pearson", "spearman"}),
     ):
         assert (
-            mlfs.main(["--task", task, *small, "--out", str(tmp_path / task), "--batch-size", "16"])
+            mlfs.main(["--task", task, *small, "--out", str(tmp_path / task), "--batch-size", "32"])
             == 0
         )
         rows = json.loads((tmp_path / task / "palette.json").read_text())["subnets"]
@@ -354,7 +355,6 @@ def test_a_pair_task_with_two_dev_sets_and_a_regression_run_from_end_to_end(tmp_
 
 def test_a_maxnet_that_falls_is_warned_of(tmp_path, monkeypatch, capsys):
     """The stage's starting score is kept in run.json, so a collapse is measured from there."""
-    monkeypatch.setattr(data, "load_toy", lambda: LOAD_TOY(train=200, dev=20))
     command = [
         "--out",
         str(tmp_path / "run"),

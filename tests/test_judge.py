@@ -291,8 +291,10 @@ def test_numpy_is_there_for_the_program_and_the_asserts():
 def test_time_is_what_a_program_computes():
     """A program that has to wait for a processor is not late; one that computes too long is."""
     wait = "    import time\n    time.sleep(0.3)\n"
-    assert run(wait + RIGHT, timeout=0.2) == "passed"
-    assert run("    while True: pass\n", timeout=0.9) == "timed out"
+    with ThreadPoolExecutor() as pool:
+        endless = pool.submit(run, "    while True: pass\n", timeout=0.9)
+        assert run(wait + RIGHT, timeout=0.2) == "passed"
+        assert endless.result() == "timed out"
 
 
 def test_usable_cores_are_those_of_affinity_and_quota(tmp_path, monkeypatch):
@@ -382,10 +384,12 @@ def test_time(protection, folders):
     """A program that does not end, computing, sleeping or deaf to signals, is stopped in time."""
     deaf = "import signal\nfor s in range(1, 65):\n    try: signal.signal(s, signal.SIG_IGN)\n"
     deaf += "    except (OSError, ValueError): pass\n"
-    for code in (deaf + "while True: pass", "import time; time.sleep(60)"):
-        start = time.time()
-        assert run(body(code), timeout=0.05) == "timed out"
-        assert time.time() - start < 15
+    start = time.time()
+    with ThreadPoolExecutor(2) as pool:
+        codes = body(deaf + "while True: pass"), body("import time; time.sleep(60)")
+        results = list(pool.map(lambda code: run(code, timeout=0.05), codes))
+    assert results == ["timed out"] * 2
+    assert time.time() - start < 15
 
 
 def test_endless_reply(folders):
@@ -399,9 +403,7 @@ def test_endless_reply(folders):
 @linux
 def test_descendants_die(protection):
     """Of a grandchild in a session of its own, and of many children, nothing is left in the end."""
-    for number, ending in enumerate(["", "\nos._exit(0)", "\nwhile True: pass"]):
-        timeout = 0.05 + number / 100 + MARK
-        code = """
+    code = """
 import time
 read, write = os.pipe()
 if os.fork() == 0:
@@ -412,15 +414,18 @@ if os.fork() == 0:
     os._exit(0)
 assert os.read(read, 1) == b"!"
 """
-        code = body(
-            "if x == 2:\n" + "\n".join("    " + line for line in (code + ending).splitlines())
-        )
-        result = run(code, timeout=timeout)
-        if number == 1:  # as long as a grandchild holds the pipe of the worker, its end is not seen
-            assert result in ("failed: EOFError", "timed out")
-        else:
-            assert result == ["passed", None, "timed out"][number]
-        assert processes(repr(timeout)) == 0
+    endings = {"": 0.5 + MARK, "\nos._exit(0)": 0.06 + MARK, "\nwhile True: pass": 0.07 + MARK}
+
+    def judge(ending):
+        lines = (code + ending).splitlines()
+        program = body("if x == 2:\n" + "\n".join("    " + line for line in lines))
+        return run(program, timeout=endings[ending]), processes(repr(endings[ending]))
+
+    with ThreadPoolExecutor(3) as pool:
+        passed, left, endless = pool.map(judge, endings)
+    assert passed == ("passed", 0) and endless == ("timed out", 0)
+    # As long as a grandchild holds the pipe of the worker, its end is not seen.
+    assert left in (("failed: EOFError", 0), ("timed out", 0))
 
 
 @linux
@@ -576,11 +581,12 @@ def test_no_network():
         exec(send + "\n" + connect)  # which is possible outside
 
 
-@root
-@pytest.mark.skipif(not SYSTEM_PYTHON.exists(), reason="needs an interpreter outside of /root")
-@pytest.mark.parametrize("variant", ["all", "no namespaces", "no Landlock", "limits only"])
-def test_ordinary_user(variant, tmp_path):
-    """An ordinary user gets the same verdicts, and no program outlives them or signals another."""
+VARIANTS = ["all", "no namespaces", "no Landlock", "limits only"]
+
+
+@pytest.fixture(scope="module")
+def ordinary():
+    """What an ordinary user is told, by the variant: all at the same time, each another user."""
     grandchild = body("""
 import time
 if x == 2 and os.fork() == 0:
@@ -633,26 +639,40 @@ results["kept"] = os.path.exists(sentinel) and open(sentinel).read() == "here"
 __import__("shutil").rmtree(folder)
 print(json.dumps(results))
 """
-    source = pathlib.Path(evaluate.__file__).read_text()
-    start = source.index("LIMITS = {")
-    end = source.index("# ----", source.index("def check_correctness"))
-    source = IMPORTS + source[start:end]
-    if variant in ("no namespaces", "limits only"):
-        source = without(source, "libc.unshare")
-    if variant in ("no Landlock", "limits only"):
-        source = without(source, "libc.syscall")
-    environment = {"PATH": os.environ["PATH"]}
-    done = subprocess.run(
-        [SYSTEM_PYTHON, "-c", script],
-        input=json.dumps([source, PROBLEM, cases]),
-        text=True,
-        capture_output=True,
-        cwd="/",
-        env=environment,
-        user=12345,
-        group=12345,
-        extra_groups=[],
-    )
+    section = pathlib.Path(evaluate.__file__).read_text()
+    start = section.index("LIMITS = {")
+    end = section.index("# ----", section.index("def check_correctness"))
+    section = IMPORTS + section[start:end]
+
+    def judge(variant):
+        source = section
+        if variant in ("no namespaces", "limits only"):
+            source = without(source, "libc.unshare")
+        if variant in ("no Landlock", "limits only"):
+            source = without(source, "libc.syscall")
+        user = 12345 + VARIANTS.index(variant)
+        return subprocess.run(
+            [SYSTEM_PYTHON, "-c", script],
+            input=json.dumps([source, PROBLEM, cases]),
+            text=True,
+            capture_output=True,
+            cwd="/",
+            env={"PATH": os.environ["PATH"]},
+            user=user,
+            group=user,
+            extra_groups=[],
+        )
+
+    with ThreadPoolExecutor(4) as pool:
+        return dict(zip(VARIANTS, pool.map(judge, VARIANTS)))
+
+
+@root
+@pytest.mark.skipif(not SYSTEM_PYTHON.exists(), reason="needs an interpreter outside of /root")
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_ordinary_user(variant, ordinary):
+    """An ordinary user gets the same verdicts, and no program outlives them or signals another."""
+    done = ordinary[variant]
     assert done.returncode == 0, done.stderr
     results = json.loads(done.stdout)
     assert results["right"] == results["home"] == results["sealed"] == "passed"

@@ -378,28 +378,42 @@ def test_a_loss_that_is_not_finite_stops_before_any_weight_changes(tiny, poison)
     assert all(torch.equal(t, before[name]) for name, t in tiny.trained_state().items())
 
 
-@pytest.mark.parametrize("stop", [(0, 2), (1, 1), (1, 3), (2, 2)])
-@pytest.mark.parametrize("teacher", ["maxnet", "fixed"])
-def test_a_resumed_run_ends_with_the_same_adapters(tmp_path, stop, teacher):
+STOPS = [(0, 2), (1, 1), (1, 3), (2, 2)]
+
+
+def resumable_run(model, teacher, state=None):
+    hp = dataclasses.replace(HP, reorder=True, learn_u=True, teacher=teacher)
+    return m.mlfs(model, examples(), configuration_space(model.maxnet), hp, state)
+
+
+@pytest.fixture(scope="module", params=["maxnet", "fixed"])
+def stored(request, tmp_path_factory):
+    """The teacher, what a run learns in the end, and a folder with its state at each of STOPS."""
+    whole, stopped = tiny_bert(num_hidden_layers=2), tiny_bert(num_hidden_layers=2)
+    state = m.State()
+    for _ in resumable_run(whole, request.param):
+        pass
+    folder = tmp_path_factory.mktemp("states")
+    for at in resumable_run(stopped, request.param, state):
+        if isinstance(at, m.Updated) and (at.stage, at.step) in STOPS:
+            assert (state.stage, state.step) == (at.stage, at.step)
+            (folder / f"{at.stage}-{at.step}").mkdir()
+            evaluate.save_state(folder / f"{at.stage}-{at.step}", stopped, state)
+    return request.param, whole.trained_state(), folder
+
+
+@pytest.mark.parametrize("stop", STOPS)
+def test_a_resumed_run_ends_with_the_same_adapters(stored, stop):
     """Data, subnets and A_s depend on (seed, stage, step) alone; with AdamW's moments and U stored,
     the bits are the same. A fixed teacher is what A_0, B_0 and the head make.
     """
-    hp = dataclasses.replace(HP, reorder=True, learn_u=True, teacher=teacher)
-    space = configuration_space(tiny_bert().maxnet)
-    whole, first, second = tiny_bert(), tiny_bert(), tiny_bert()
-    for _ in m.mlfs(whole, examples(), space, hp):
+    teacher, whole, folder = stored
+    model = tiny_bert(num_hidden_layers=2)
+    state = m.State(**evaluate.load_state(folder / "{}-{}".format(*stop), model))
+    assert (state.stage, state.step) == stop
+    for _ in resumable_run(model, teacher, state):
         pass
-    state = m.State()
-    for at in m.mlfs(first, examples(), space, hp, state):
-        if (at.stage, at.step) == stop and isinstance(at, m.Updated):
-            assert (state.stage, state.step) == stop
-            evaluate.save_state(tmp_path, first, state)
-            break
-    state = m.State(**evaluate.load_state(tmp_path, second))
-    for _ in m.mlfs(second, examples(), space, hp, state):
-        pass
-    for name, t in whole.trained_state().items():
-        assert torch.equal(t, second.trained_state()[name]), name
+    assert all(torch.equal(t, model.trained_state()[name]) for name, t in whole.items())
 
 
 def test_a_fixed_teacher_stays_as_stage_0_left_it(tiny):

@@ -8,6 +8,7 @@ import re
 import shlex
 import sys
 import types
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,7 @@ def test_no_page_stands_before_the_readme():
 NAMES = sorted(set(re.findall(r"`([\w/]+\.py::[\w.]+)`", "\n".join(TEXT.values()))))
 
 
+@cache
 def defined(path: Path) -> set[str]:
     """Functions, classes and constants of a file, methods as Class.method."""
     names = set()
@@ -194,6 +196,16 @@ def test_ci_runs_the_readmes_commands():
         assert command.replace("pip install", "pip install -q") in ci
     for line in (tests, main_job):
         assert line.split("#")[0].strip() in ci
+
+
+def test_ci_has_every_package_that_a_test_may_lack():
+    """Of one version each, for a new one has new opinions."""
+    lines = (ROOT / ".github" / "extras.txt").read_text(encoding="utf-8").splitlines()
+    pinned = {re.fullmatch(r"(\w+)==[\d.]+", line)[1] for line in lines}
+    tests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("*.py"))
+    assert set(re.findall(r'(?:importorskip|find_spec)\("(\w+)"\)', tests)) <= pinned
+    ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    assert ci.index("pytest -q\n") < ci.index("-r .github/extras.txt") < ci.rindex("pytest -q")
 
 
 def entries(help_text: str) -> dict[str, str]:
