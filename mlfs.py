@@ -347,10 +347,9 @@ def mlfs(model, examples, space, hp, state=None):
     ValueError when a loss or gradient is not finite, before it reaches any weight.
 
     The toy's first iteration of stage 2, γ = 1:   Φ_j         n_j  (n_1/n_j)^γ  loss_j
-    (n_1: 4 layers of 3 (96 + 96) 8 entries for    w1-d4    33,792         1.00   0.157
-    q, k, v and (96 + 384) 8 for the FFN;          w0.5-d2  11,520         2.93   1.778
-    Eq. 6's norm is 1.27, clipped to 1)            w1-d3    25,344         1.33   1.395
-                                                   w1-d2    16,896         2.00   1.637
+    (n_1: 4 layers of 3 (64 + 64) 8 entries for    w1-d4    22,528         1.00   0.004
+    q, k, v and (64 + 256) 8 for the FFN;          w0.5-d2   7,680         2.93   3.244
+    Eq. 6's norm is 2.32, clipped to 1)            w1-d3    16,896         1.33   1.688
     """
     state = state or State()
     maxnet = space[0]

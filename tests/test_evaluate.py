@@ -260,8 +260,7 @@ def test_a_task_of_your_own_is_one_more_row_of_the_table(tmp_path, monkeypatch, 
     code, message = exit_code(["--task", "moods", "--model", str(data.DOWNLOADS / "toy")], capsys)
     assert code == 2 and "/glue/moods/train.tsv; name the folder that holds moods/" in message
     assert not (data.DOWNLOADS / "glue" / "moods").exists()
-    command = ["--task", "moods", "--model", str(data.DOWNLOADS / "toy"), "--epochs", "8,0,0"]
-    command += ["--learning-rate", "3e-3"]
+    command = ["--task", "moods", "--model", str(data.DOWNLOADS / "toy"), "--epochs", "12,0,0"]
     command += ["--data-dir", str(tmp_path), "--widths", "1", "--depths", "1", "--out"]
     code, message = exit_code([*command, str(tmp_path / "run")], capsys)
     assert code == 2 and "moods/train.tsv; name the folder that holds moods/" in message
@@ -272,7 +271,7 @@ def test_a_task_of_your_own_is_one_more_row_of_the_table(tmp_path, monkeypatch, 
             f"{mood}\tthe {noun} is {word} ." for noun in nouns for mood, word in words.items()
         ]
         (tmp_path / "moods" / f"{name}.tsv").write_text("\n".join(["mood\ttext", *lines]))
-    command += [str(tmp_path / "run"), "--batch-size", "12", "--learning-rate", "1e-2"]
+    command += [str(tmp_path / "run"), "--batch-size", "6", "--learning-rate", "5e-3"]
     assert mlfs.main(command) == 0
     capsys.readouterr()
     for mood, word in words.items():
