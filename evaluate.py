@@ -1608,14 +1608,14 @@ class Opened:
                                                     DTYPES[args.dtype], args.model)
         names = [phi.name for phi in self.space]
         asked = args.export[0] if args.export else args.subnets
-        wanted = names if asked is None else asked.split(",")
-        for name in wanted:
+        self.names = names if asked is None else asked.split(",")
+        for name in self.names:
             if name not in names:
                 raise ValueError(f"there is no subnet {name!r}, only {', '.join(names)}")
-        if args.predict is not None and len(wanted) > 1:
+        if args.predict is not None and len(self.names) > 1:
             raise ValueError("--predict needs one --subnet NAME")
         # What the command is about.
-        self.subnets = [phi for phi in self.space if phi.name in wanted]
+        self.subnets = [phi for phi in self.space if phi.name in self.names]
         # What is shipped is measured: adapters merged.
         self.model = model.extract(model.maxnet)
         self.task = task_of(self.settings)
@@ -1646,27 +1646,25 @@ def print_palette(args, run):
     metric = run.task.metrics[0]
     heading = title(run.settings, metric)
     stored = read_palette(args.run)
-    now = conditions_now(args, run, args.dtype)
     part = stored["files"] if args.dtype == "int8" else stored
-    rows = stored_rows(args, part, now)
-    where = conditions(part["measured"] if rows else now)
-    if not rows:
-        rows = measured_rows(args, run, stored, now)
-        print(heading, table(rows, COLUMNS, metric), where, sep="\n\n", flush=True)
-        part |= {"measured": now, "subnets": rows}
+    now = conditions_now(args, run, args.dtype)
+    if not answers(args, part, now):
+        part |= {"subnets": measured_rows(args, run, stored, now), "measured": now}
+        print(heading, table(part["subnets"], COLUMNS, metric), conditions(now), sep="\n\n",
+              flush=True)
         try:
             if run.subnets == run.space:             # a part replaces no whole palette
                 write_palette(args.run, run.settings, run.task, stored["subnets"],
                               stored["measured"], stored["files"])
         except OSError as error:                     # the answer is given all the same
             print(f"warning: the palette could not be stored: {error}", file=sys.stderr)
-    names = [phi.name for phi in run.subnets]
-    shown = [row for row in rows if row["name"] in names]
-    if args.dtype != "int8":
-        files = stored_rows(args, stored["files"], conditions_now(args, run, "int8"))
-        shown += [row for row in files if row["name"] in names and row["dtype"] == "int8"]
-        if len(shown) > len(names):
-            where += f"\n{conditions(stored['files']['measured'])}"
+    rows = part["subnets"]
+    where = conditions(part["measured"])
+    files = stored["files"]
+    if part is stored and answers(args, files, conditions_now(args, run, "int8")):
+        rows = rows + [row for row in files["subnets"] if row["dtype"] == "int8"]
+        where += f"\n{conditions(files['measured'])}"
+    shown = [row for row in rows if row["name"] in run.names]
     if args.plot:
         plot_palette(args.plot, shown, metric, heading, rows[0].get("history", {}))
     if args.export:
@@ -1682,16 +1680,16 @@ def conditions_now(args, run, dtype):
             "length": min(128, run.model.max_tokens), "torch": torch.__version__}
 
 
-def stored_rows(args, stored, now):
-    """The rows of palette.json, if they answer what is asked; otherwise none."""
+def answers(args, stored, now):
+    """Whether the rows of palette.json are what is asked for."""
     if args.data_dir or not (args.plot or args.export or args.budget):
-        return []
+        return False
     wanted = now
     if not (args.plot or args.max_latency_ms):
         # Scores depend on both. An export's card says in which dtype they were measured.
         keys = ["adapters"] if args.export else ["adapters", "dtype"]
         wanted = {key: now[key] for key in keys}
-    return stored["subnets"] if wanted.items() <= stored["measured"].items() else []
+    return stored["subnets"] and wanted.items() <= stored["measured"].items()
 
 
 def measured_rows(args, run, stored, now):
@@ -1724,24 +1722,22 @@ def file_rows(run, space, splits, now):
     import onnxruntime
 
     now["onnxruntime"] = onnxruntime.__version__
-    rows = []
-    paths = []
+    rows = {}                                        # by path
     with tempfile.TemporaryDirectory() as folder:
         for phi in space:
             files = {dtype: Path(folder, f"{phi.name}-{dtype}.onnx") for dtype in FILES}
             export_onnx(run.model.extract(phi), files["float32"])
             quantise(*files.values())
             for dtype, path in files.items():
-                row = describe(run.model, phi) | {"dtype": dtype}
-                row |= evaluate(OnnxFile(path, run.model), phi, run.task, splits)
-                rows.append(row | {"size_mb": path.stat().st_size / 1e6})
-                paths.append(path)
+                sizes = describe(run.model, phi)
+                sizes |= {"dtype": dtype, "size_mb": path.stat().st_size / 1e6}
+                rows[path] = sizes | evaluate(OnnxFile(path, run.model), phi, run.task, splits)
         for threads, what in ((now["threads"], "latency"), (1, "one_thread")):
             opened = partial(OnnxFile, model=run.model, threads=threads)
-            timed = latency(opened, paths, now["batch_size"], now["length"])
-            for row, times in zip(rows, timed):
+            timed = latency(opened, rows, now["batch_size"], now["length"])
+            for row, times in zip(rows.values(), timed):
                 row |= {key.replace("latency", what): value for key, value in times.items()}
-    return rows
+    return list(rows.values())
 
 
 def ship(args, run, rows, where):
