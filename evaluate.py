@@ -434,11 +434,10 @@ def plot_palette(path, rows, metric, heading, maxnet):
     and its slices before stages 1 and 2."""
     points = 1 if metric == "loss" else 100
     formats = dict.fromkeys(row.get("dtype", "MLFS") for row in rows)
-    with picture(path, 2) as (figure, (left, right)):
+    with picture(path, 2) as (figure, axes):
         figure.suptitle(heading)
-        left.set_ylabel(metric)
-        for axis, key, label in ((left, "size_mb", "size, MB"),
-                                 (right, "latency_ms", "latency, ms")):
+        axes[0].set_ylabel(metric)
+        for axis, key, label in zip(axes, ("size_mb", "latency_ms"), ("size, MB", "latency, ms")):
             axis.set_xlabel(label)
             for name in reversed(formats):           # the first one's sizes are left in `costs`
                 own = [row for row in rows if row.get("dtype", "MLFS") == name]
@@ -455,7 +454,7 @@ def plot_palette(path, rows, metric, heading, maxnet):
             if "sliced teacher" in maxnet:           # its history: at that moment it is the teacher
                 axis.axhline(points * maxnet["sliced teacher"], linestyle=":", label="teacher")
             axis.grid(alpha=0.3)
-        left.legend(fontsize=7)
+        axes[0].legend(fontsize=7)
 
 
 # ------------------------------------------------------------------------------------- shipping
@@ -508,6 +507,9 @@ def export(small, folder, base, labels, card, onnx=None):
             Path(f"{path}.data").unlink(missing_ok=True)             # of float32, over 2 GiB
 
 
+INPUTS = ("input_ids", "attention_mask", "token_type_ids")           # as other libraries call them
+
+
 def export_tokenizer(small, folder, tokenizer):
     """tokenizer.json as we use it, and settings by which other libraries' pipelines do the same."""
     settings = tokenizer.settings | {"model_max_length": small.max_tokens}
@@ -516,9 +518,8 @@ def export_tokenizer(small, folder, tokenizer):
         pad = data.end_of_text(tokenizer)[0]
     else:
         data.frame(tokenizer, settings)
-        inputs = ["input_ids", "attention_mask", "token_type_ids"]
         settings |= {"tokenizer_class": "PreTrainedTokenizerFast",   # takes tokenizer.json whole
-                     "model_input_names": inputs[:1 + min(2, small.config["type_vocab_size"])]}
+                     "model_input_names": INPUTS[:1 + min(2, small.config["type_vocab_size"])]}
     settings.setdefault("pad_token", tokenizer.id_to_token(pad))     # batches need one
     tokenizer.save(str(folder / "tokenizer.json"))
     write_json(folder / "tokenizer_config.json", settings)
@@ -546,15 +547,15 @@ def common_form(small, pad):
 
 
 class Logits(torch.nn.Module):
-    """The model with the input names that other libraries use; its only output is z."""
+    """The model with z as its only output."""
 
     def __init__(self, model):
         super().__init__()
         self.model = model
 
-    def forward(self, input_ids, attention_mask, token_type_ids=None):
-        segments = {} if token_type_ids is None else {"segments": token_type_ids}
-        return self.model(input_ids, attention_mask, features=(), **segments)[0]
+    def forward(self, ids, mask, segments=None):
+        more = {} if segments is None else {"segments": segments}
+        return self.model(ids, mask, features=(), **more)[0]
 
 
 def onnx_inputs(model, batch, length):
@@ -562,10 +563,9 @@ def onnx_inputs(model, batch, length):
     ids = torch.arange(batch * length).view(batch, length) % model.config["vocab_size"]
     mask = torch.ones_like(ids)
     mask[-1, 1 + length // 2:] = 0
-    inputs = {"input_ids": ids, "attention_mask": mask}
-    if not isinstance(model, Decoder):
-        inputs["token_type_ids"] = ids % model.config["type_vocab_size"]
-    return inputs
+    if isinstance(model, Decoder):
+        return ids, mask
+    return ids, mask, ids % model.config["type_vocab_size"]
 
 
 def export_onnx(small, path):
@@ -578,13 +578,13 @@ def export_onnx(small, path):
     example = onnx_inputs(small, 2, min(8, room))
     axes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length", max=room)}
     with quietly():
-        torch.onnx.export(model, tuple(example.values()), path, input_names=list(example),
-                          output_names=["logits"], dynamic_shapes=dict.fromkeys(example, axes),
+        torch.onnx.export(model, example, path, input_names=INPUTS[:len(example)],
+                          output_names=["logits"], dynamic_shapes=[axes] * len(example),
                           dynamo=True, verbose=False,
                           external_data=False)       # but for more than a file can hold, 2 GiB
     x = onnx_inputs(small, 3, min(128, room))        # of another shape than it was traced with
-    z, _ = OnnxFile(path, small)(*x.values())
-    away = (z - model(**x).detach()).abs().max()
+    z, _ = OnnxFile(path, small)(*x)
+    away = (z - model(*x).detach()).abs().max()
     if not away <= 1e-3:                                             # not a number fails, too
         raise ValueError(f"{path.name}: its logits differ by {away:.1e} from PyTorch's")
 
@@ -596,15 +596,14 @@ def quantise(path, target):
     """
     from onnxruntime.quantization import quantize_dynamic
 
-    with replacing(target) as beside, quietly():
-        quantize_dynamic(path, beside, per_channel=True)
+    with quietly():
+        quantize_dynamic(path, target, per_channel=True)
 
 
 @contextmanager
 def quietly():
     """Without the warnings of torch and onnxruntime, which are of their own workings."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"):
         logging.disable(logging.WARNING)
         try:
             yield
@@ -628,10 +627,10 @@ class OnnxFile:
 
     def __call__(self, ids, mask=None, segments=None, phi=None, features=()):
         """z, and no hidden states."""
-        x = {"input_ids": ids,
-             "attention_mask": torch.ones_like(ids) if mask is None else mask,
-             "token_type_ids": torch.zeros_like(ids) if segments is None else segments}
-        x = {part.name: x[part.name].long().numpy() for part in self.session.get_inputs()}
+        mask = torch.ones_like(ids) if mask is None else mask
+        segments = torch.zeros_like(ids) if segments is None else segments
+        wanted = zip(self.session.get_inputs(), (ids, mask, segments))       # a decoder wants two
+        x = {part.name: values.long().numpy() for part, values in wanted}
         return torch.from_numpy(self.session.run(None, x)[0]), {}
 
     def encode(self, ids, mask, phi, cache=None, features=()):
@@ -1227,10 +1226,10 @@ def lock(folder):
     LOCKS.append(open(folder / ".lock", "w"))
     try:
         fcntl.lockf(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise FileExistsError(f"another run is writing to {folder}; wait for it, or choose "
+                              f"another --out") from None
     except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN):
-            raise FileExistsError(f"another run is writing to {folder}; wait for it, or "
-                                  f"choose another --out") from None
         print(f"warning: {folder} cannot be locked: {error}", file=sys.stderr)
 
 
@@ -1556,6 +1555,8 @@ def parse_arguments(argv):
     for option, default in numbers.items():
         add(option, type=type(default), default=default)
     args = parser.parse_args(argv)
+    args.sampling = {key: getattr(args, key)
+                     for key in ("max_new_tokens", "temperature", "top_p")}
     args.budget = {key: getattr(args, option) for option, (key, _) in BUDGETS.items()
                    if getattr(args, option) is not None}
     check_options(args)
@@ -1647,11 +1648,10 @@ def print_palette(args, run):
     heading = title(run.settings, metric)
     stored = read_palette(args.run)
     part = stored["files"] if args.dtype == "int8" else stored
-    now = conditions_now(args, run, args.dtype)
-    if not answers(args, part, now):
-        part |= {"subnets": measured_rows(args, run, stored, now), "measured": now}
-        print(heading, table(part["subnets"], COLUMNS, metric), conditions(now), sep="\n\n",
-              flush=True)
+    if not answers(args, run, part, args.dtype):
+        part |= measure(args, run, stored)
+        print(heading, table(part["subnets"], COLUMNS, metric), conditions(part["measured"]),
+              sep="\n\n", flush=True)
         try:
             if run.subnets == run.space:             # a part replaces no whole palette
                 write_palette(args.run, run.settings, run.task, stored["subnets"],
@@ -1661,7 +1661,7 @@ def print_palette(args, run):
     rows = part["subnets"]
     where = conditions(part["measured"])
     files = stored["files"]
-    if part is stored and answers(args, files, conditions_now(args, run, "int8")):
+    if part is stored and answers(args, run, files, "int8"):
         rows = rows + [row for row in files["subnets"] if row["dtype"] == "int8"]
         where += f"\n{conditions(files['measured'])}"
     shown = [row for row in rows if row["name"] in run.names]
@@ -1680,20 +1680,20 @@ def conditions_now(args, run, dtype):
             "length": min(128, run.model.max_tokens), "torch": torch.__version__}
 
 
-def answers(args, stored, now):
+def answers(args, run, stored, dtype):
     """Whether the rows of palette.json are what is asked for."""
     if args.data_dir or not (args.plot or args.export or args.budget):
         return False
-    wanted = now
+    wanted = conditions_now(args, run, dtype)
     if not (args.plot or args.max_latency_ms):
         # Scores depend on both. An export's card says in which dtype they were measured.
         keys = ["adapters"] if args.export else ["adapters", "dtype"]
-        wanted = {key: now[key] for key in keys}
+        wanted = {key: wanted[key] for key in keys}
     return stored["subnets"] and wanted.items() <= stored["measured"].items()
 
 
-def measured_rows(args, run, stored, now):
-    """A row per subnet, measured now, the maxnet's first: shares need it.
+def measure(args, run, stored):
+    """A row per subnet, the maxnet's first, as shares need it; and how they were measured now.
 
     The scores of earlier moments are those of the stored palette.
     """
@@ -1707,6 +1707,7 @@ def measured_rows(args, run, stored, now):
         examples = data.encode(run.tokenizer, texts, hp["max_length"])
         splits[name] = data.draw(examples, hp["dev_examples"])
     space = [phi for phi in run.space if phi == run.space[0] or phi in run.subnets]
+    now = conditions_now(args, run, args.dtype)
     if args.dtype == "int8":
         rows = file_rows(run, space, splits, now)
     else:
@@ -1714,7 +1715,8 @@ def measured_rows(args, run, stored, now):
         scored = palette(run.model, space, run.task, splits)
         rows = [row | times for row, times in zip(scored, timed)]
     past = {row["name"]: row for row in stored["subnets"]}
-    return [past.get(row["name"], {}) | row for row in rows]
+    return {"measured": now,
+            "subnets": [past.get(row["name"], {}) | row for row in rows]}
 
 
 def file_rows(run, space, splits, now):
@@ -1785,12 +1787,11 @@ def print_predictions(args, run):
         with naming(f"--predict, line {number}"):
             text = line.decode()
             if isinstance(run.model, Decoder):
-                report = text + generate(small, run.tokenizer, [text], args.max_new_tokens,
-                                         args.temperature, args.top_p)[0]
+                text += generate(small, run.tokenizer, [text], **args.sampling)[0]
             else:
-                report = answer(small, run.tokenizer, run.task, text,
-                                run.settings["hyper_parameters"]["max_length"])
-        print(report, flush=True)
+                text = answer(small, run.tokenizer, run.task, text,
+                              run.settings["hyper_parameters"]["max_length"])
+        print(text, flush=True)
 
 
 def print_choice(rows, budget, metric, where):
@@ -1816,7 +1817,6 @@ def print_humaneval(args, run, problems):
     """A line per subnet; its completions go to humaneval-SUBNET.jsonl in the run folder."""
     if not isinstance(run.model, Decoder):
         raise ValueError(f"{args.run} is an encoder; --humaneval needs one that generates text")
-    settings = {key: getattr(args, key) for key in ("max_new_tokens", "temperature", "top_p")}
     origin = {"adapters": data.sha256([args.run / "adapters.safetensors"]),
               "problems": data.sha256([args.humaneval]), "dtype": args.dtype}
     too_long = [problem["task_id"] for problem in problems
@@ -1824,7 +1824,7 @@ def print_humaneval(args, run, problems):
     for phi in run.subnets:
         path = args.run / f"humaneval-{phi.name}.jsonl"
         found = humaneval(stand_alone(args, run.model, phi), run.tokenizer, problems, path, origin,
-                          args.samples, args.batch_size, too_long, **settings)
+                          args.samples, args.batch_size, too_long, **args.sampling)
         unjudged = path.read_text().count('"failed: PicklingError"')
         points = ", ".join(f"{name} {100 * value:.1f}" for name, value in found.items())
         print(f"{phi.name}: {points}; {len(problems)} problems, {args.samples} samples each; "
