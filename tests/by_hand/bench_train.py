@@ -41,7 +41,8 @@ from model import (  # noqa: E402
 
 # Of SST-2's 67,349 training sentences, in BERT's tokens: such a share has at most so many.
 SST2_SHARES = (*np.linspace(0, 0.95, 20), 0.98, 0.99, 0.999, 1)
-SST2_LENGTHS = (3, 4, 4, 5, 6, 6, 7, 8, 8, 9, 10, 11, 13, 14, 16, 18, 20, 23, 27, 33, 40, 44, 56, 66)
+SST2_LENGTHS = (3, 4, 4, 5, 6, 6, 7, 8, 8, 9, 10, 11, 13, 14, 16, 18, 20, 23, 27, 33,
+                40, 44, 56, 66)
 SST2_BATCHES = 1053                                  # of 64, in an epoch
 EPOCHS = 3                                           # the paper's for SST-2
 
