@@ -500,11 +500,7 @@ def export(small, folder, base, labels, card, onnx=None):
         export_tokenizer(small, beside, data.load_tokenizer(base))
         write_text(beside / "README.md", card)
         if onnx:
-            path = beside / "model.onnx"
-            export_onnx(small, path)
-        if onnx == "int8":
-            quantise(path, path)
-            Path(f"{path}.data").unlink(missing_ok=True)             # of float32, over 2 GiB
+            export_onnx(small, beside / "model.onnx", onnx)
 
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")           # as other libraries call them
@@ -568,10 +564,10 @@ def onnx_inputs(model, batch, length):
     return ids, mask, ids % model.config["type_vocab_size"]
 
 
-def export_onnx(small, path):
-    """Writes float32 ONNX with dynamic batch and length.
+def export_onnx(small, path, dtype="float32"):
+    """Writes ONNX with dynamic batch and length; dtype "int8": see `quantise`.
 
-    ValueError if onnxruntime's logits differ by more than 1e-3 from ours.
+    ValueError if onnxruntime's logits, in float32, differ by more than 1e-3 from ours.
     """
     model = Logits(small.float())
     room = small.max_tokens
@@ -587,6 +583,9 @@ def export_onnx(small, path):
     away = (z - model(*x).detach()).abs().max()
     if not away <= 1e-3:                                             # not a number fails, too
         raise ValueError(f"{path.name}: its logits differ by {away:.1e} from PyTorch's")
+    if dtype == "int8":
+        quantise(path, path)
+        Path(f"{path}.data").unlink(missing_ok=True)                 # of float32, over 2 GiB
 
 
 def quantise(path, target):
@@ -1773,8 +1772,7 @@ def stand_alone(args, model, phi):
     if args.dtype == "int8":
         with tempfile.TemporaryDirectory() as folder:                # the file is read at once
             path = Path(folder, "model.onnx")
-            export_onnx(small, path)
-            quantise(path, path)
+            export_onnx(small, path, "int8")
             small = OnnxFile(path, small)
     return small
 
