@@ -119,7 +119,7 @@ def test_int8_stands_beside_the_float_rows_of_the_palette(run, copy):
         ("w0.5-d2", "int8"),
     ]
     for whole, small in zip(rows[::2], rows[1::2]):
-        assert whole["score"] == pytest.approx(small["score"], abs=0.11)
+        assert whole["score"] == pytest.approx(small["score"], abs=0.25)
         assert whole["score"] == next(r["score"] for r in before if r["name"] == whole["name"])
         assert small["size_mb"] < 0.5 * whole["size_mb"]
         for row in (whole, small):
