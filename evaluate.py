@@ -1227,10 +1227,10 @@ def lock(folder):
     LOCKS.append(open(folder / ".lock", "w"))
     try:
         fcntl.lockf(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        raise FileExistsError(f"another run is writing to {folder}; wait for it, or choose "
-                              f"another --out") from None
     except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise FileExistsError(f"another run is writing to {folder}; wait for it, or "
+                                  f"choose another --out") from None
         print(f"warning: {folder} cannot be locked: {error}", file=sys.stderr)
 
 
