@@ -1332,23 +1332,20 @@ def cut_log(path, state):
     write_text(path, "".join(kept))
 
 
-def write_palette(folder, settings, task, rows, measured, files=None):
-    """palette.json and palette.md, each replaced as a whole; measured: of which adapters, how.
+def write_palette(folder, settings, task, palette):
+    """palette.json and palette.md, each replaced as a whole.
 
-    files: the same two of ONNX files, as {"measured", "subnets"}.
+    palette: "subnets", the rows; "measured", of which adapters and how; "files", both of ONNX.
     """
     note = settings["note"]
     metric = task.metrics[0]
-    content = {"task": settings["task"], "metric": metric, "note": note, "measured": measured,
-               "subnets": rows}
+    content = {"task": settings["task"], "metric": metric, "note": note, "files": NONE} | palette
     text = f"**{note}**\n\n" if note else ""
-    text += f"{title(settings, metric)}\n\n{final_table(rows, metric)}\n"
-    for part in (content, files or NONE):
+    text += f"{title(settings, metric)}\n\n{final_table(palette['subnets'], metric)}\n"
+    for part in (content, content["files"]):
         if "length" in part["measured"]:
             text += f"\n{table(part['subnets'], COLUMNS, metric)}\n\n"
             text += f"{conditions(part['measured'])}\n"
-    if files:
-        content["files"] = files
     write_json(Path(folder, "palette.json"), content)
     write_text(Path(folder, "palette.md"), text)
 
@@ -1655,8 +1652,7 @@ def print_palette(args, run):
               sep="\n\n", flush=True)
         try:
             if run.subnets == run.space:             # a part replaces no whole palette
-                write_palette(args.run, run.settings, run.task, stored["subnets"],
-                              stored["measured"], stored["files"])
+                write_palette(args.run, run.settings, run.task, stored)
         except OSError as error:                     # the answer is given all the same
             print(f"warning: the palette could not be stored: {error}", file=sys.stderr)
     rows = part["subnets"]

@@ -117,7 +117,8 @@ class HyperParameters:
             elif not isinstance(value, tuple):
                 low = least.get(name, 0)
                 high = most.get(name, math.inf)
-                check(name, low <= value <= high, f"in [{low}, {high}]")
+                rule = f"in [{low}, {high}]" if name in most else f"at least {low}"
+                check(name, low <= value <= high, rule)
         check("learning_rate", self.learning_rate > 0, "above 0")
         check("epochs", len(self.epochs) == 3 and min(self.epochs) >= 0, "three numbers from 0 on")
         if self.adapters == "full":
@@ -646,7 +647,8 @@ class Run:
                         for row, old in zip(rows, before)]
         measured = {"adapters": evaluate.digest(self.model.trained_state()),
                     "dtype": self.settings["dtype"]}
-        evaluate.write_palette(self.folder, self.settings, self.task, self.palette, measured)
+        palette = {"measured": measured, "subnets": self.palette}
+        evaluate.write_palette(self.folder, self.settings, self.task, palette)
 
     def log(self, event, **values):
         """A line of log.jsonl."""

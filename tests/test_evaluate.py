@@ -159,7 +159,7 @@ EXPECTED = (
     "command, words",
     [
         (["--task", "sst3"], "unknown task 'sst3'"),
-        (["--rank", "0"], "rank must be in [1, inf]"),
+        (["--rank", "0"], "rank must be at least 1"),
         (["--alpha", "2"], "alpha must be in [0, 1]"),
         (["--gamma", "1000"], "gamma must be in [0, 10]"),
         (["--rank", "100000000000"], "exceeds the hidden size 64"),

@@ -49,6 +49,17 @@ def test_every_matrix_and_embedding_is_in_int8(family, files):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_weights_take_7_bits_and_a_scale_per_output(family, files):
+    """8 bits overflow where a processor has no int8 products."""
+    stored = onnx.load(files(family)[2]).graph.initializer
+    tensors = {t.name: onnx.numpy_helper.to_array(t) for t in stored}
+    weights = [t.astype(int) for t in tensors.values() if t.dtype == "int8" and t.ndim == 2]
+    scales = [t for name, t in tensors.items() if name.endswith("_scale") and t.ndim == 1]
+    assert max(w.max() - w.min() for w in weights) <= 128
+    assert any(len(scale) == 12 for scale in scales)  # the subnet's hidden size
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_int8_answers_nearly_as_float32_for_any_batch_and_length(family, files):
     small, _, path = files(family)
     quantised = evaluate.OnnxFile(path, small)

@@ -736,8 +736,7 @@ def test_paths_may_be_plain_strings(copy, tiny, tmp_path):
     assert len(space) == 4 and names == [phi.name for phi in space]
     content = evaluate.read_palette(str(copy))
     before = (copy / "palette.json").read_bytes()
-    rows = content["subnets"]
-    evaluate.write_palette(str(copy), run, data.TASKS["toy"], rows, content["measured"])
+    evaluate.write_palette(str(copy), run, data.TASKS["toy"], content)
     assert (copy / "palette.json").read_bytes() == before
     tokenizer_files(tmp_path)
     evaluate.export(tiny, str(tmp_path / "out"), str(tmp_path), (), "card")

@@ -220,7 +220,7 @@ def alone(argv: list[str], full: bool) -> None:
         print(phi.name, rows[-1]["score"], flush=True)
     run.settings |= {"steps": steps, "trained": trained, "stored": 4 * trained,
                      "seconds": [seconds], "peak_memory": evaluate.peak_memory(device)}
-    evaluate.write_palette(run.folder, run.settings, run.task, rows, {})
+    evaluate.write_palette(run.folder, run.settings, run.task, {"measured": {}, "subnets": rows})
     evaluate.write_json(run.folder / "run.json", run.settings)
 
 

@@ -312,7 +312,8 @@ def make_source(folder: Path) -> None:
     evaluate.write_json(run / "run.json", settings)
     evaluate.save_adapters(run, model, settings)
     evaluate.save_state(run, model, state)
-    evaluate.write_palette(run, settings, data.TASKS["mnli"], rows, measured)
+    palette = {"measured": measured, "subnets": rows}
+    evaluate.write_palette(run, settings, data.TASKS["mnli"], palette)
     (run / "log.jsonl").write_text(log)
 
 
