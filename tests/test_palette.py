@@ -795,7 +795,7 @@ def flip(folder):
         ),
         (edit("palette.json", '"macs": ', '"macs": 9999999999999999999'), "there is no 'macs'"),
         (edit("palette.json", '"stage 2": 0.', '"stage 2": "a", "b": 0.'), "damaged or edited"),
-        (edit("palette.json", '"subnets": [', '"subnets": [3, '), "damaged or edited; delete it"),
+        (edit("palette.json", '"subnets": [\n', '"subnets": [3,\n'), "or edited; delete it"),
         (edit("palette.json", "{", ""), "palette.json is not valid JSON"),
     ],
 )
