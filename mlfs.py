@@ -85,6 +85,9 @@ class HyperParameters:
                                                    # KL[teacher, student]
     fd_sum: bool = False                         # sum ℓ_FD over d_low as printed, not average it
     learn_u: bool = False                        # learn U, its rows kept orthonormal (Sec. 5)
+    target_modules: Literal["app-a", "all-linear"] = "app-a"  # what A_s, B_s adapt: query, key,
+                                                              # value, FFN's intermediate (App. A),
+                                                              # or every linear map of a layer
     adapters: Literal["low-rank", "full"] = "low-rank"  # A_s, B_s; or all of W, the
                                                         # full-rank (non-LoRA) MLFS of App. B
     init: Literal["pretrained", "random"] = "pretrained"  # start of W (random: Figs. 5, 6)
@@ -411,14 +414,18 @@ def begin_stage(model, examples, space, hp, state, stage):
     if model.num_stages == stage:
         if stage == 1 and hp.reorder:
             model.reorder(importance(model, examples, hp))
-        model.add_stage(hp.rank if hp.adapters == "low-rank" else None, hp.seed)
-    teacher = model.fix_teacher() if stage and hp.teacher == "fixed" else None
+        if hp.epochs[stage]:
+            model.add_stage(hp.rank if hp.adapters == "low-rank" else None, hp.seed)
+        model.num_stages = stage + 1                 # also of a stage without epochs: no pair
+    teacher = model.fix_teacher(min(1, hp.epochs[0])) if stage and hp.teacher == "fixed" else None
     return make_optimizer(model, state.U, state.moments), teacher
 
 
 def make_optimizer(model, U, moments):
     """AdamW over all that the stage trains, without weight decay (ours); moments: its state."""
     trained = [p for p in (*model.parameters(), *U.values()) if p.requires_grad]
+    if not trained:                                  # a decoder's stage of 0 epochs
+        return None
     optimizer = torch.optim.AdamW(trained, weight_decay=0.0, fused=True)
     if moments:
         optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
@@ -835,6 +842,8 @@ def load_model(row, folder, hp, device):
     if hp.init == "random":
         initialise(model, hp.seed)
         model.drawn = [*model.trained_whole]
+    if hp.target_modules == "all-linear":
+        model.adapted = model.linears
     model.gradient_checkpointing = hp.checkpointing
     evaluate.pick_threads(model)
     return model

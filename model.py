@@ -241,6 +241,12 @@ class SuperTransformer(nn.Module):
     def device(self):
         return next(self.parameters()).device
 
+    @property
+    def linears(self):
+        """The names of a layer's linear maps: six; seven of a Llama."""
+        return tuple(name for name, module in self.layers[0].named_children()
+                     if isinstance(module, ElasticLinear))
+
     def adapted_linears(self):
         return [getattr(layer, name) for layer in self.layers for name in self.adapted]
 
@@ -259,13 +265,16 @@ class SuperTransformer(nn.Module):
                 linear.add_stage(rank, generator)
         self.num_stages += 1
 
-    def fix_teacher(self):
-        """f(·; W_Tch), the network as stage 0 left it (Sec. 4). Freezes this model's head."""
+    def fix_teacher(self, pairs=1):
+        """f(·; W_Tch), the network as stage 0 left it (Sec. 4). Freezes this model's head.
+
+        pairs: of {A_s, B_s} that stage 0 added; 0 if it had no epoch.
+        """
         # A second set of modules that hold the same tensors: for deepcopy they are copied already.
         teacher = copy.deepcopy(self, {id(p): p for p in self.parameters()})
         for linear in teacher.adapted_linears():
-            linear.A = linear.A[:1]
-            linear.B = linear.B[:1]
+            linear.A = linear.A[:pairs]
+            linear.B = linear.B[:pairs]
         # Both read one head. Trained on, it would change the teacher that is to be fixed.
         for name in self.trained_whole:
             getattr(self, name).requires_grad_(False)
@@ -282,7 +291,8 @@ class SuperTransformer(nn.Module):
             return sum(p.numel() for p in small.parameters())
         rank = adapters[-1].size(1)
         # A has in·r entries, B has r·out.
-        return sum(rank * sum(linear.weight.shape) for linear in small.adapted_linears())
+        return sum(rank * sum(getattr(layer, name).weight.shape)
+                   for layer in small.layers for name in self.adapted)
 
     def subnet_config(self, phi):
         """config.json of Φ's stand-alone model; ValueError if Φ is no part of the maxnet."""
@@ -352,9 +362,8 @@ class SuperTransformer(nn.Module):
             rows = {"query": of_heads, "key": of_keys, "value": of_keys,
                     "intermediate": neurons, "gate": neurons}
             columns = {"attention_output": of_heads, "output": neurons}
-            for name, module in layer.named_children():
-                if isinstance(module, ElasticLinear):
-                    module.permute(columns.get(name, ALL), rows.get(name, ALL))
+            for name in self.linears:
+                getattr(layer, name).permute(columns.get(name, ALL), rows.get(name, ALL))
         self.order = {key: self.order[key][index] if key in self.order else index
                       for key, index in order.items()}
 
@@ -1069,6 +1078,8 @@ def load_trained_state(model, state):
         first = f"layers.0.{model.adapted[0]}."
         if first + "weight" in state:                # full-rank MLFS: all of W is in there
             model.add_stage(None)
+        if "layers.0.output.A.0" in state:           # an option; App. A has no pair there
+            model.adapted = model.linears
         while (A_s := state.get(f"{first}A.{model.num_stages}")) is not None:
             model.add_stage(A_s.shape[-1:].numel())
         own = model.trained_state()
