@@ -153,11 +153,6 @@ def load_table(row, split, folder):
     return Rows(list(texts), labels, {"without a label": skipped} if skipped else {})
 
 
-def load_glue(task, split, folder):
-    """`load_table` of one of GLUE's tasks."""
-    return load_table(GLUE[task], split, folder)
-
-
 NO_LABEL = ("", "-", "-1")                           # SNLI's for no majority; GLUE's in test.tsv
 # What the datasets library calls the columns of GLUE's MRPC, QQP and MNLI.
 EXPORTED = {"#1 String": "sentence1", "#2 String": "sentence2", "Quality": "label",

@@ -331,15 +331,6 @@ def choose(rows, budget, metric):
     return chosen
 
 
-def worth_shipping(rows, metric):
-    """(n, the row to take) where the choice changes as the budget of parameters grows to n."""
-    steps = {}
-    for most in sorted(row["parameters"] for row in rows):
-        best = choose(rows, {"parameters": most}, metric)[0]
-        steps.setdefault(best["name"], (most, best))
-    return list(steps.values())
-
-
 def millions(count):
     return f"{count / 1e6:.2f}M"
 
@@ -573,11 +564,10 @@ def export_onnx(small, path, dtype="float32"):
     room = small.max_tokens
     example = onnx_inputs(small, 2, min(8, room))
     axes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length", max=room)}
-    with quietly():
-        torch.onnx.export(model, example, path, input_names=INPUTS[:len(example)],
-                          output_names=["logits"], dynamic_shapes=[axes] * len(example),
-                          dynamo=True, verbose=False,
-                          external_data=False)       # but for more than a file can hold, 2 GiB
+    torch.onnx.export(model, example, path, input_names=INPUTS[:len(example)],
+                      output_names=["logits"], dynamic_shapes=[axes] * len(example),
+                      dynamo=True, verbose=False,
+                      external_data=False)           # but for more than a file can hold, 2 GiB
     x = onnx_inputs(small, 3, min(128, room))        # of another shape than it was traced with
     z, _ = OnnxFile(path, small)(*x)
     away = (z - model(*x).detach()).abs().max()
@@ -597,19 +587,7 @@ def quantise(path, target):
 
     # Weights take 7 of the 8 bits. On processors without int8 products (VNNI) onnxruntime adds them
     # up in 16 bits, and 8 overflow: SmolLM2's loss rose from 2.7 to 16.7 nats, by 7 bits to 3.3.
-    with quietly():
-        quantize_dynamic(path, target, per_channel=True, reduce_range=True)
-
-
-@contextmanager
-def quietly():
-    """Without the warnings of torch and onnxruntime, which are of their own workings."""
-    with warnings.catch_warnings(action="ignore"):
-        logging.disable(logging.WARNING)
-        try:
-            yield
-        finally:
-            logging.disable(logging.NOTSET)
+    quantize_dynamic(path, target, per_channel=True, reduce_range=True)
 
 
 class OnnxFile:
@@ -796,13 +774,9 @@ def judged_before(path, made):
 def usable_cores():
     """How many processors this process may use: its affinity, cut by its container's quota."""
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
-    # Control groups of version 2 and 1. No quota is "max" or -1; the usual period is 0.1 s.
-    for name in ("cpu.max", "cpu/cpu.cfs_quota_us"):
-        with suppress(OSError, ValueError):
-            text = Path("/sys/fs/cgroup", name).read_text() + " 100000"
-            quota, period = map(int, text.split()[:2])
-            if quota > 0:
-                cores = min(cores, math.ceil(quota / period))
+    with suppress(OSError, ValueError):              # no control groups; "max", which is no quota
+        quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())
+        cores = min(cores, math.ceil(quota / period))
     return cores
 
 
@@ -1424,12 +1398,6 @@ def task_of(run):
     return data.Task(*[run["row"][name] for name in ROW])
 
 
-def in_order(row, folder):
-    """A task whose classes have the order that the run in the folder knows them by."""
-    old = read_run(folder)["row"]["labels"]
-    return row._replace(labels=tuple(old)) if set(old) == set(row.labels) else row
-
-
 def located(path, run_folder):
     """Where a run's base or data lie: the path, and the same as seen from the run folder."""
     path = path.resolve()
@@ -1583,6 +1551,9 @@ def check_options(args):
                          "exports it")
     if args.onnx or args.dtype == "int8":
         require_package("ONNX", "onnx", "onnxscript", "onnxruntime")
+        # They and torch warn of their own workings.
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
     if args.budget and any((args.predict is not None, args.humaneval, args.export)):
         raise ValueError("--max-..., --export, --predict, --humaneval: do one at a time")
 

@@ -43,6 +43,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import data
@@ -287,31 +288,27 @@ class Batch(NamedTuple):
 
 def output_loss(model, last_j, last_1, batch, alpha, hp, max_logits=2 ** 22):
     """1/|ℬ| Σ_i (1-α) ℓ_task^i + α ℓ_KD^i: line 12 without ℓ_FD. z_j and z_1 are made here, of the
-    last states (B, H) or (B, T, H) of Φ_j and Φ_1.
-
-    At most max_logits are alive at a time: see `InChunks`. Should a new term train another weight,
-    list it in `readout`: otherwise it gets no gradient.
+    last states (B, H) or (B, T, H) of Φ_j and Φ_1; of code at most max_logits at a time.
     """
-    y = batch.y
-    if y.dim() > 1:                                  # each position that has a next token is a row
-        real = y != data.IGNORED
-        last_j = last_j[real]
-        last_1 = last_1[real]
-        y = y[real]
-
-    def loss(last, rows):
-        z_j = model.logits(last)
-        value = (1 - alpha) * task_loss(z_j, y[rows])
+    def loss(last_j, last_1, y):
+        z_j = model.logits(last_j)
+        value = (1 - alpha) * task_loss(z_j, y)
         if alpha:
             # A target: the head is not to please its students by it.
             with torch.no_grad():
-                z_1 = model.logits(last_1[rows])
+                z_1 = model.logits(last_1)
             value = value + alpha * kd_loss(z_j, z_1, hp.temperature, hp.kl)
         return value.sum() / batch.num_labels
 
-    weights = model.readout()
-    size = max(1, max_logits // len(weights[-1]))
-    return InChunks.apply(loss, size, last_j, *(W for W in weights if W.requires_grad))
+    if batch.y.dim() == 1:
+        return loss(last_j, last_1, batch.y)
+    # Of code each position that has a next token is a row. Where V is 49,152, eight windows of 512
+    # tokens have 0.8 GB of logits, the teacher's are as large, and so is the gradient. So a chunk's
+    # are made, forgotten, and made once more for its gradient.
+    real = batch.y != data.IGNORED
+    size = max(1, max_logits // model.config["vocab_size"])
+    chunks = zip(*(rows[real].split(size) for rows in (last_j, last_1, batch.y)))
+    return sum(checkpoint(loss, *chunk, use_reentrant=False) for chunk in chunks)
 
 
 # ----------------------------------------------------------------------------------- Algorithm 1
@@ -416,7 +413,7 @@ def begin_stage(model, examples, space, hp, state, stage):
             model.reorder(importance(model, examples, hp))
         if hp.epochs[stage]:
             model.add_stage(hp.rank if hp.adapters == "low-rank" else None, hp.seed)
-        model.num_stages = stage + 1                 # also of a stage without epochs: no pair
+        model.num_stages = stage + 1                 # a stage without epochs adds no pair
     teacher = model.fix_teacher(min(1, hp.epochs[0])) if stage and hp.teacher == "fixed" else None
     return make_optimizer(model, state.U, state.moments), teacher
 
@@ -482,35 +479,6 @@ def importance(model, examples, hp):
     # One and the same order in all processes, whatever their rounding.
     add_up(list(scores.values()))
     return scores
-
-
-# Where V is 49,152, eight windows of 512 tokens have 0.8 GB of float32 logits, the teacher's are as
-# large, and so is the gradient. So a chunk's gradient is taken while its logits exist, and only
-# that of its states is kept. torch's own checkpoint would compute each logit twice.
-class InChunks(torch.autograd.Function):
-    """Σ loss(last[rows], rows) over chunks of `size` rows; trained: what else has a gradient."""
-
-    @staticmethod
-    def forward(ctx, loss, size, last, *trained):
-        total = torch.zeros((), device=last.device)
-        d_last = torch.zeros_like(last)
-        d_trained = [torch.zeros_like(W) for W in trained]
-        for start in range(0, len(last), size):
-            rows = slice(start, start + size)
-            with torch.enable_grad():
-                part = last[rows].detach().requires_grad_()
-                value = loss(part, rows)
-            d_part, *more = torch.autograd.grad(value, [part, *trained])
-            d_last[rows] = d_part
-            for d, d_more in zip(d_trained, more):
-                d += d_more
-            total += value.detach()
-        ctx.save_for_backward(d_last, *d_trained)
-        return total
-
-    @staticmethod
-    def backward(ctx, g):
-        return None, None, *(g * d for d in ctx.saved_tensors)
 
 
 def update(optimizer, losses, hp, state, step, steps):
@@ -689,8 +657,9 @@ class Run:
             self.validate(event)
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         whole = self.settings["space"][0]["parameters"]
-        print(f"\nStage {event.stage}: {STAGES[event.stage]}; trains {trained:,} weights, "
-              f"{trained / whole:.1%} of the model; {event.steps:,} steps", flush=True)
+        if event.steps:                              # a stage of 0 epochs is passed over
+            print(f"\nStage {event.stage}: {STAGES[event.stage]}; trains {trained:,} weights, "
+                  f"{trained / whole:.1%} of the model; {event.steps:,} steps", flush=True)
         self.bar = tqdm(total=event.steps, initial=event.step, disable=None, unit=" steps",
                         desc=f"stage {event.stage}")
         self.started = time.monotonic()
@@ -726,8 +695,9 @@ class Run:
         if updated and event.stage > 0:
             self.watch_the_maxnet(event)
         if ended:
-            self.measure(f"stage {event.stage}" if event.stage else "sliced teacher")
-            print(evaluate.final_table(self.palette, self.task.metrics[0], 2))
+            if event.steps or event.stage == 0:
+                self.measure(f"stage {event.stage}" if event.stage else "sliced teacher")
+                print(evaluate.final_table(self.palette, self.task.metrics[0], 2))
             evaluate.save_adapters(self.folder, self.model, self.settings)
         evaluate.save_state(self.folder, self.model, state)
         self.settings["peak_memory"] = evaluate.peak_memory(self.settings["device"])
@@ -879,8 +849,6 @@ def prepare(args, given):
     hp = HyperParameters(**(defaults | given))
     base = model_folder.resolve().name
     folder = args.out or Path("runs", "toy" if name == base == "toy" else f"{name}-{base}")
-    if args.resume:
-        row = evaluate.in_order(row, folder)
     digest = evaluate.base_digest(model_folder)
     model = load_model(row, model_folder, hp, args.device)
     hp = fit_settings(hp, given, model)
@@ -965,18 +933,15 @@ def opening(run):
 
 
 def closing(run):
-    """The palette, what it cost, and which subnets are worth shipping."""
+    """The palette, and what it cost."""
     s = run.settings
     metric = run.task.metrics[0]
     stored = (run.folder / "adapters.safetensors").stat().st_size / 1e6
-    choices = ", ".join(f"{row['name']} from {most / 1e6:.2f}M parameters on"
-                        for most, row in evaluate.worth_shipping(run.palette, metric))
     return (f"\n{evaluate.title(s, metric)}\n\n"
             f"{evaluate.final_table(run.palette, metric)}\n\n"
             f"Trained in {sum(s['seconds']):.0f} s, {s['peak_memory'] / 2**30:.1f} GiB. "
             f"{run.folder}/adapters.safetensors ({stored:.1f} MB) and the base model make all "
-            f"{len(run.space)} subnets.\n"
-            f"Ship the smallest within one standard error of the best: {choices}.")
+            f"{len(run.space)} subnets.")
 
 
 def parse_arguments(argv):
@@ -1067,11 +1032,9 @@ def add_setting(group, field, help):
 
 def numbers(text, kind):
     """"1,2/3" as numbers; argparse tells the user of a ValueError."""
-    try:
-        return tuple(kind(Fraction(part) if "/" in part and kind is float else part)
-                     for part in text.split(","))
-    except ArithmeticError as error:                 # a share of 1/0
-        raise argparse.ArgumentTypeError(f"invalid value: {text!r}") from error
+    fraction = r"\d+/0*[1-9]\d*" if kind is float else ""
+    return tuple(kind(Fraction(part) if re.fullmatch(fraction, part) else part)
+                 for part in text.split(","))
 
 
 if __name__ == "__main__":

@@ -180,9 +180,9 @@ ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu, "gelu_new": tanh_
 class SuperTransformer(nn.Module):
     """W_Sup of the maxnet, from which every Φ takes its part.
 
-    A family is a subclass: its layers, its forward pass (`encode`, `logits`, `readout`), and the
-    rules of its checkpoints (the names below, `complete`, `read`, `write`, `adopt`). `config` is
-    config.json in our words, with `head_dim` filled in.
+    A family is a subclass: its layers, its forward pass (`encode`, `logits`), and the rules of its
+    checkpoints (the names below, `complete`, `read`, `write`, `adopt`). `config` is config.json in
+    our words, with `head_dim` filled in.
     """
     adapted = ("query", "key", "value", "intermediate")      # App. A: QKV, FFN's intermediate
     trained_whole = ()                               # without adapters; shared by all subnets
@@ -243,7 +243,7 @@ class SuperTransformer(nn.Module):
 
     @property
     def linears(self):
-        """The names of a layer's linear maps: six; seven of a Llama."""
+        """The names of a layer's linear maps: six, of a Llama seven."""
         return tuple(name for name, module in self.layers[0].named_children()
                      if isinstance(module, ElasticLinear))
 
@@ -266,10 +266,7 @@ class SuperTransformer(nn.Module):
         self.num_stages += 1
 
     def fix_teacher(self, pairs=1):
-        """f(·; W_Tch), the network as stage 0 left it (Sec. 4). Freezes this model's head.
-
-        pairs: of {A_s, B_s} that stage 0 added; 0 if it had no epoch.
-        """
+        """f(·; W_Tch), with stage 0's `pairs`: 1, or none (Sec. 4). Freezes this model's head."""
         # A second set of modules that hold the same tensors: for deepcopy they are copied already.
         teacher = copy.deepcopy(self, {id(p): p for p in self.parameters()})
         for linear in teacher.adapted_linears():
@@ -489,10 +486,6 @@ class Bert(SuperTransformer):
         pooled = torch.tanh(self.pooler(last, last.size(-1)))        # (B, H)
         return self.classifier(pooled, self.config["num_labels"]).float()
 
-    def readout(self):
-        """The weights that `logits` reads; the last has a row a class."""
-        return [self.pooler.weight, self.pooler.bias, self.classifier.bias, self.classifier.weight]
-
     @classmethod
     def read(cls, name, tensor, config):
         """A stored tensor under its one name: without "bert.", LayerNorm.weight, not gamma."""
@@ -671,11 +664,8 @@ class Decoder(SuperTransformer):
         return self.final_norm(x), h
 
     def logits(self, last):                                          # (..., H) -> (..., V)
-        return F.linear(last, self.readout()[0][:, :last.size(-1)]).float()
-
-    def readout(self):
-        """The weights that `logits` reads: a row a token, the embedding's own where tied."""
-        return [(self.lm_head or self.word_embeddings).weight]
+        W = (self.lm_head or self.word_embeddings).weight            # the embedding's where tied
+        return F.linear(last, W[:, :last.size(-1)]).float()
 
     @classmethod
     def complete(cls, config):
@@ -1260,4 +1250,5 @@ class LowRankLinear(torch.autograd.Function):
         dx = None
         if ctx.needs_input_grad[0]:
             dx = (g_rows @ W).addmm_(gB, A.t()).view(*g.shape[:-1], W.size(1))
-        return dx, None, None, rows.t() @ gB, xA.t() @ g_rows
+        dW = g_rows.t() @ rows if ctx.needs_input_grad[1] else None  # `mlfs.importance` asks for it
+        return dx, dW, None, rows.t() @ gB, xA.t() @ g_rows

@@ -464,7 +464,7 @@ def test_losses_in_chunks_equal_the_whole_in_value_and_gradient(decoder, full, a
 
 
 def test_no_more_logits_than_allowed_are_made_at_a_time(monkeypatch):
-    """KD over 49k words must not build (B, T, V) even once."""
+    """KD over 49k words must not build (B, T, V) even once, nor for the gradient."""
     model, rows, logits = tiny_llama(), [], Llama.logits
     monkeypatch.setattr(
         Llama, "logits", lambda self, s: rows.append(s.numel() // 16) or logits(self, s)
@@ -472,9 +472,13 @@ def test_no_more_logits_than_allowed_are_made_at_a_time(monkeypatch):
     ids = tokens()
     y = ids.clone()
     y[:, -1] = data.IGNORED
+    model.add_stage(2)
     s, _ = model.encode(ids, None, model.maxnet)
-    mlfs.output_loss(model, s, s.detach(), mlfs.Batch({}, y, 27, 27), 0.9, HP, max_logits=5 * 50)
+    batch = mlfs.Batch({}, y, 27, 27)
+    loss = mlfs.output_loss(model, s, s.detach(), batch, 0.9, HP, max_logits=5 * 50)
     assert max(rows) == 5 and sum(rows) == 2 * 24  # student and teacher, 3 x 8 next tokens
+    loss.backward()
+    assert max(rows) == 5 and sum(rows) == 4 * 24  # made again
 
 
 # --------------------------------------------------------------------------------- Python code

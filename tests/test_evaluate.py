@@ -75,17 +75,11 @@ def test_within_one_standard_error_the_smaller_subnet_is_shipped():
             ("small", 1, 0.89),
         )
     ]
-    assert [(n, row["name"]) for n, row in evaluate.worth_shipping(rows, "accuracy")] == [
-        (1, "small"),
-        (5, "middle"),
-        (9, "large"),
-    ]
     losses = [row | {"score": 1 - row["score"]} for row in rows]  # a loss: lower is better
-    assert [row["name"] for _, row in evaluate.worth_shipping(losses, "loss")] == [
-        "small",
-        "middle",
-        "large",
-    ]
+    for most, name in ((1, "small"), (4, "small"), (5, "middle"), (8, "middle"), (9, "large")):
+        budget = {"parameters": most}
+        assert evaluate.choose(rows, budget, "accuracy")[0]["name"] == name
+        assert evaluate.choose(losses, budget, "loss")[0]["name"] == name
 
 
 # ---------------------------------------------------------- the commands, on a tiny toy of its own

@@ -80,9 +80,9 @@ def test_off_the_cpu_attention_has_a_key_head_for_each_head(tokens, heads, monke
     assert seen == [[heads] * 3]
 
 
-@pytest.mark.parametrize("trained", ["xAB", "AB"])
+@pytest.mark.parametrize("trained", ["xAB", "AB", "xWAB"])
 def test_the_gradient_by_hand_is_that_of_finite_differences(trained):
-    """∂y of y = x Wᵀ + b + (x A) B, W and b frozen, in float64."""
+    """∂y of y = x Wᵀ + b + (x A) B, b frozen, and W mostly, in float64."""
     torch.manual_seed(0)
     sizes = {"x": (2, 3, 4), "W": (5, 4), "b": (5,), "A": (4, 2), "B": (2, 5)}
     inputs = [torch.randn(size).double() for size in sizes.values()]
