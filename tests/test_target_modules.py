@@ -19,14 +19,15 @@ from conftest import (
     randomise_adapters,
     tiny_bert,
 )
+from model import SuperTransformer, load_trained_state
 from test_mlfs import HP, examples
 
 LINEARS = {"bert": 6, "gpt": 6, "llama": 7}
 PLACES = [(family, everywhere) for family in FAMILIES for everywhere in (False, True)]
 
 
-def adapted(family: str, everywhere: bool, stages: int = 0):
-    model = FAMILIES[family]()
+def adapted(family: str, everywhere: bool, stages: int = 0, depth: int = 4):
+    model = FAMILIES[family](num_hidden_layers=depth)
     if everywhere:
         model.adapted = model.linears
     for _ in range(stages):
@@ -42,8 +43,11 @@ def inputs(family: str) -> dict:
 def any_importance(model) -> dict:
     draw = torch.Generator().manual_seed(1)
     sizes = {"heads": model.maxnet.num_attention_heads, "neurons": model.maxnet.intermediate_size}
-    return {f"{l}.{kind}": torch.rand(n, generator=draw)
-            for l in model.maxnet.layers for kind, n in sizes.items()}
+    return {
+        f"{l}.{kind}": torch.rand(n, generator=draw)
+        for l in model.maxnet.layers
+        for kind, n in sizes.items()
+    }
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -51,8 +55,9 @@ def test_every_linear_map_of_a_layer_gets_a_pair(family):
     """Two-dimensional weights of a layer, and no norm: each one's merged matrix differs from it."""
     model = adapted(family, True, stages=1)
     for layer in model.layers:
-        matrices = [name for name, p in layer.named_parameters()
-                    if name.endswith("weight") and p.dim() == 2]
+        matrices = [
+            name for name, p in layer.named_parameters() if name.endswith("weight") and p.dim() == 2
+        ]
         assert len(matrices) == LINEARS[family]
         for name in matrices:
             linear = layer.get_submodule(name.removesuffix(".weight"))
@@ -78,8 +83,11 @@ def test_n_j_counts_the_entries_that_get_a_gradient(family, everywhere):
     for phi in mlfs.configuration_space(model.maxnet, (1, 0.5), head_group=model.head_group):
         model.zero_grad()
         model(**inputs(family), phi=phi)[0].square().sum().backward()
-        touched = sum(int((p.grad != 0).sum()) for name, p in model.named_parameters()
-                      if name.endswith((".A.0", ".B.0")) and p.grad is not None)
+        touched = sum(
+            int((p.grad != 0).sum())
+            for name, p in model.named_parameters()
+            if name.endswith((".A.0", ".B.0")) and p.grad is not None
+        )
         assert model.num_trainable(phi) == touched
 
 
@@ -89,7 +97,7 @@ def test_what_was_stored_tells_where_it_sits(family):
     model = adapted(family, True, stages=3)
     model.reorder(any_importance(model))
     again = FAMILIES[family]()
-    mlfs.evaluate.load_trained_state(again, model.trained_state())
+    load_trained_state(again, model.trained_state())
     assert again.adapted == again.linears and again.num_stages == 3
     assert torch.equal(again(**inputs(family))[0], model(**inputs(family))[0])
 
@@ -100,8 +108,10 @@ def test_importance_is_the_derivative_by_a_gate_of_merged_matrices():
     model, data_ = adapted("bert", True, stages=1), examples(16)
     scores = mlfs.importance(model, data_, dataclasses.replace(HP, batch_size=16))
     ((x, y),) = data.batches(data_, 32)
-    for key, name, columns, index in (("1.heads", "attention_output", slice(8, 12), 2),
-                                      ("2.neurons", "output", slice(5, 6), 5)):
+    for key, name, columns, index in (
+        ("1.heads", "attention_output", slice(8, 12), 2),
+        ("2.neurons", "output", slice(5, 6), 5),
+    ):
         losses = []
         for gate in (1 + 1e-2, 1 - 1e-2):
             merged = model.extract(model.maxnet)
@@ -117,9 +127,13 @@ def learn(model, hp, state=None):
 
 @pytest.mark.parametrize("family", ["bert", "llama"])
 @pytest.mark.parametrize("epochs", [(1, 0, 1), (0, 1, 1), (0, 0, 1)])
-def test_a_stage_without_epochs_adds_no_pair_and_takes_no_step(family, epochs):
+def test_a_stage_without_epochs_adds_no_pair_and_takes_no_step(family, epochs, monkeypatch):
     """As many pairs as stages that train; a fixed teacher has stage 0's alone, if there is one."""
-    model = adapted(family, True)
+    teachers, fix = [], SuperTransformer.fix_teacher
+    monkeypatch.setattr(
+        SuperTransformer, "fix_teacher", lambda *args: teachers.append(fix(*args)) or teachers[-1]
+    )
+    model = adapted(family, True, depth=2)
     base = model.extract(model.maxnet)
     rows = examples() if family == "bert" else data.Examples(examples().ids, None, None)
     hp = dataclasses.replace(HP, epochs=epochs, teacher="fixed", batch_size=8)
@@ -131,17 +145,19 @@ def test_a_stage_without_epochs_adds_no_pair_and_takes_no_step(family, epochs):
     pairs = sum(epoch > 0 for epoch in epochs)
     for linear in model.adapted_linears():
         assert len(linear.A) == len(linear.B) == pairs and all(B_s.any() for B_s in linear.B)
+    for teacher in teachers:
+        assert {len(linear.A) for linear in teacher.adapted_linears()} == {epochs[0]}
+    assert len(teachers) == 2
     if not epochs[0] and family == "llama":  # which has no head that is trained
-        teacher = model.fix_teacher(0)
         x = inputs(family)
-        assert torch.allclose(teacher(**x)[0], base(**x)[0], atol=1e-4)
+        assert torch.allclose(teachers[-1](**x)[0], base(**x)[0], atol=1e-4)
 
 
 @pytest.mark.parametrize("stop", [(0, 2), (2, 1), (2, 4)])
 def test_a_run_resumed_after_a_stage_without_epochs_ends_with_the_same_bits(tmp_path, stop):
     """Nothing but the state tells that stage 1 is over: of pairs there are two."""
     hp = dataclasses.replace(HP, epochs=(1, 0, 2), teacher="fixed", reorder=True)
-    whole, stopped, again = (adapted("bert", True) for _ in range(3))
+    whole, stopped, again = (adapted("bert", True, depth=2) for _ in range(3))
     for _ in learn(whole, hp):
         pass
     state = mlfs.State()
@@ -152,8 +168,9 @@ def test_a_run_resumed_after_a_stage_without_epochs_ends_with_the_same_bits(tmp_
     state = mlfs.State(**evaluate.load_state(tmp_path, again))
     for _ in learn(again, hp, state):
         pass
-    assert all(torch.equal(t, again.trained_state()[name])
-               for name, t in whole.trained_state().items())
+    assert all(
+        torch.equal(t, again.trained_state()[name]) for name, t in whole.trained_state().items()
+    )
 
 
 def test_the_command_line_trains_measures_and_exports_it(tmp_path, monkeypatch, capsys):
