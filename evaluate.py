@@ -110,12 +110,7 @@ def accuracy(predictions, labels):
 
 
 def f1(predictions, labels):
-    """Harmonic mean of class 1's precision and recall, 0 when there is no true positive.
-
-    Of more than two classes it is macro F1.
-    """
-    if max(predictions.max(), labels.max()) > 1:
-        return macro_f1(predictions, labels)
+    """Harmonic mean of class 1's precision and recall, 0 when there is no true positive."""
     hits = (predictions * labels).sum()
     return float(2 * hits / max(predictions.sum() + labels.sum(), 1))
 
@@ -164,8 +159,7 @@ def rank_metrics(row, first=None):
                             for name in (first or row.metrics[0], *row.metrics))
     for name in metrics:
         if name not in fitting:
-            raise ValueError(f"no metric {name!r} suits this task; choose from "
-                             f"{', '.join(fitting)}")
+            raise ValueError(f"this task has no metric {name!r}; choose from {', '.join(fitting)}")
     return row._replace(labels=tuple(row.labels), metrics=tuple(metrics))
 
 

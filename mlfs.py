@@ -348,9 +348,9 @@ def mlfs(model, examples, space, hp, state=None):
     ValueError when a loss or gradient is not finite, before it reaches any weight.
 
     The toy's first iteration of stage 2, γ = 1:   Φ_j         n_j  (n_1/n_j)^γ  loss_j
-    (n_1: 4 layers of 3 (64 + 64) 8 entries for    w1-d4    22,528         1.00   0.004
-    q, k, v and (64 + 256) 8 for the FFN;          w0.5-d2   7,680         2.93   3.244
-    Eq. 6's norm is 2.32, clipped to 1)            w1-d3    16,896         1.33   1.688
+    (n_1: 4 layers of 3 (64 + 64) 16 entries for   w1-d4    45,056         1.00   0.007
+    q, k, v and (64 + 256) 16 for the FFN;         w0.5-d2  15,360         2.93   2.534
+    Eq. 6's norm is 5.36, clipped to 1)            w1-d3    33,792         1.33   0.316
     """
     state = state or State()
     maxnet = space[0]
@@ -493,7 +493,7 @@ def update(optimizer, losses, hp, state, step, steps):
     if not all(map(math.isfinite, (*values.values(), norm))):
         raise ValueError(f"stage {state.stage}, step {step}: the losses are {values}, the norm of "
                          f"Eq. 6's gradient is {norm:g}; no weight was changed. Try a lower "
-                         f"--learning-rate, or a --clip above 0")
+                         f"--learning-rate")
     rate = learning_rate(hp, step, steps)
     optimizer.param_groups[0]["lr"] = rate
     optimizer.step()
@@ -680,7 +680,7 @@ class Run:
         if evaluate.gain(metric, before, score) < -0.05:
             self.bar.write(f"warning: on held-out training data the maxnet's {metric} went from "
                            f"{evaluate.show(metric, before)} to {evaluate.show(metric, score)}; a "
-                           f"lower --learning-rate or --clip, or --teacher fixed, helps",
+                           f"lower --learning-rate, or --teacher fixed, helps",
                            file=sys.stderr)
 
     def checkpoint(self, event, state, stop):
@@ -731,10 +731,17 @@ TASK_SETTINGS = {                                # App. A, where it departs from
     "qqp": LARGE,
     "mnli": LARGE | {"learning_rate": 5e-4},
     "qnli": LARGE | {"learning_rate": 5e-4},
-    "toy": {"epochs": (1, 1, 3), "gamma": 1.0, "batch_size": 32, "learning_rate": 5e-3,       # ours
-            "num_subnets": 3, "dtype": "float32"},
+    # Ours. With r = 8 and KL as printed one seed of three leaves the smallest model at 58 points.
+    "toy": {"epochs": (1, 1, 3), "gamma": 1.0, "batch_size": 32, "learning_rate": 5e-3,
+            "num_subnets": 3, "dtype": "float32", "rank": 16, "kl": "forward"},
     "python": {"epochs": (1, 1, 1), "gamma": 1.0, "batch_size": 8, "max_length": 512,         # ours
                "validate_every": 100, "dev_examples": 64},
+}
+RECIPES = {                                      # go before a task's settings
+    "paper": {},
+    # Ours, the best of what was tried on held-out TRAIN sentences of SST-2 (.github/results).
+    "edge": {"target_modules": "all-linear", "rank": 16, "teacher": "fixed", "kl": "forward",
+             "learning_rate": 3e-3, "epochs": (3, 0, 6)},
 }
 
 
@@ -846,7 +853,7 @@ def prepare(args, given):
         given = {key: value for key, value in given.items()
                  if key not in ("max_length", "widths", "depths", "hidden")}
     defaults = {} if args.train else TASK_SETTINGS.get(name, {})
-    hp = HyperParameters(**(defaults | given))
+    hp = HyperParameters(**(defaults | RECIPES[args.recipe] | given))
     base = model_folder.resolve().name
     folder = args.out or Path("runs", "toy" if name == base == "toy" else f"{name}-{base}")
     digest = evaluate.base_digest(model_folder)
@@ -924,10 +931,13 @@ def opening(run):
     classes = ", ".join(run.task.labels)[:200] or "none"
     base = Path(s["base"]["folder"]).name
     notes = "".join(f"\n{base}: {note}" for note in run.model.notes)
+    changed = [f"{name} {value}" for name, value in vars(run.hp).items()
+               if value != getattr(HyperParameters, name)]
     return (f"MLFS on {s['task']}: {base}, "
             f"{s['space'][0]['parameters'] / 1e6:.1f}M parameters\n"
             f"data: {found['folder']}; {', '.join(counts)}; skipped: {found['skipped'] or 0}\n"
             f"classes: {classes}\n"
+            f"settings: {', '.join(changed) or 'none'}\n"
             f"𝒜: {', '.join(phi.name for phi in run.space)}\n"
             f"{s['device']}, {s['dtype']}; writes {run.folder}/{notes}")
 
@@ -950,6 +960,7 @@ def parse_arguments(argv):
       --model DIR           a checkpoint; default BERT-base
       --data-dir DIR        holds the task's folder, such as SST-2/; default weights/glue
       --metric METRIC       the score that chooses; default: the task's first
+      --recipe RECIPE       paper (the default), or edge: our settings for better small models
       --device DEVICE       cpu, cuda, ...; default: cuda where there is one
       --out DIR             the run folder; default runs/TASK-MODEL
       --resume              go on with the run in this folder
@@ -971,6 +982,7 @@ def parse_arguments(argv):
         add(path, type=Path)
     for name in ("--task", "--metric", "--text", "--label"):
         add(name)
+    add("--recipe", choices=RECIPES, default="paper")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--regression", action="store_true")
     one_of = parser.add_mutually_exclusive_group()

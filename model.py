@@ -1141,7 +1141,7 @@ def save_pretrained(model, folder, labels=()):
     cannot express it (`common_heads`); `load_pretrained` reads it by its head_dim. labels: names of
     the classes. Raises FileExistsError if the folder holds one already.
     """
-    assert not model.num_stages, "merge the adapters first, by model.extract(phi)"
+    assert not model.num_stages                      # merge adapters first, by `extract`
     folder = Path(folder)
     for path in (folder / "config.json", folder / "model.safetensors"):
         if path.exists():

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -488,6 +489,30 @@ def test_the_opening_says_what_of_the_head_is_new_or_left_out(tmp_path, monkeypa
     told = m.opening(prepare(tmp_path, monkeypatch))
     for words in ("no pooler that fits", "no classifier that fits", "head: ['linear.weight'"):
         assert f"\n{tmp_path.name}: " in told and words in told
+
+
+def test_a_recipe_is_a_row_of_settings_between_the_tasks_and_those_that_are_given(
+    tmp_path, monkeypatch
+):
+    """The paper's is the default and empty; all that departs from HyperParameters is printed."""
+    strangers_base(tmp_path)
+    toy = m.TASK_SETTINGS["toy"]
+    recipe = m.RECIPES["edge"]
+    for options, rows in (
+        ([], {}),
+        (["--recipe", "paper", "--overwrite"], {}),
+        (["--recipe", "edge", "--overwrite"], recipe),
+        (["--recipe", "edge", "--rank", "2", "--overwrite"], recipe | {"rank": 2}),
+    ):
+        run = prepare(tmp_path, monkeypatch, *options)
+        fitted = {"max_length": run.model.max_tokens, "widths": run.hp.widths}
+        assert run.hp == HyperParameters(**(toy | rows | fitted))
+        (said,) = re.findall("^settings: (.*)$", m.opening(run), re.M)
+        for name, value in vars(run.hp).items():
+            assert (f"{name} {value}" in said) == (value != getattr(HyperParameters, name))
+    assert not m.RECIPES["paper"] and recipe["target_modules"] == "all-linear"
+    with pytest.raises(ValueError, match="argument --recipe: invalid choice: 'best'"):
+        m.parse_arguments(["--recipe", "best"])
 
 
 def test_stage_0_cannot_be_left_out_where_the_classifier_is_new(tmp_path, monkeypatch):
