@@ -107,7 +107,7 @@ def test_a_run_leaves_the_promised_files(run):
     )
     settings = json.loads((run / "run.json").read_text())
     assert (
-        settings["hyper_parameters"]["rank"] == 8
+        settings["hyper_parameters"]["rank"] == 16
         and len(settings["base"]["sha256"]) == 64
         and settings["data"]["dev"] == 20
     )

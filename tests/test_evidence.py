@@ -47,7 +47,7 @@ def test_the_baseline_has_the_same_teacher_and_as_many_passes(run, tmp_path, mon
     last = {entry["stage"]: entry for entry in log if "loss" in entry}
     passes = sum(last[stage]["step"] * len(last[stage]["loss"]) for stage in (1, 2))
     assert settings["steps"] == passes // (len(rows) - 1)
-    teacher = 4 * 3 * 8 * (64 + 64) + 4 * 8 * (64 + 256) + 64 * 65 + 2 * 65  # A_0, B_0, the head
+    teacher = 4 * 3 * 16 * (64 + 64) + 4 * 16 * (64 + 256) + 64 * 65 + 2 * 65  # A_0, B_0, the head
     assert settings["trained"] == teacher + sum(row["parameters"] for row in rows[1:])
     assert settings["stored"] == 4 * settings["trained"]
 

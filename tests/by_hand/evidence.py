@@ -87,10 +87,17 @@ GLUE = "--model weights/minilm-l6 --data-dir weights/glue"
 # group: (options of all its runs, seeds, {variant: its own options})
 GROUPS = {
     "sst2": (SST2 + "glue", 3, {
-        "mlfs": "", "fixed-teacher-3e-3": "--teacher fixed --learning-rate 3e-3"}),
-    "mrpc": (f"--task mrpc {GLUE}", 3, {"mlfs": ""}),
+        "mlfs": "", "fixed-teacher-3e-3": "--teacher fixed --learning-rate 3e-3",
+        # As many forward-backward passes: 3 + 6 K epochs.
+        "edge": "--recipe edge",
+        "supernet": "--adapters full --gamma 0 --learning-rate 1e-4 --epochs 3,0,6"}),
+    "mrpc": (f"--task mrpc {GLUE}", 3, {"mlfs": "", "edge": "--recipe edge --epochs 8,0,16"}),
     "rte": (f"--task rte {GLUE}", 3, {"mlfs": ""}),
-    "cola": (f"--task cola {GLUE}", 3, {"mlfs": ""}),
+    "cola": (f"--task cola {GLUE}", 3, {"mlfs": "", "edge": "--recipe edge --epochs 8,0,16"}),
+    "recipe": (SST2 + "held-out --train-examples 22450 --recipe edge --epochs 1,0,2", 2, {
+        "edge": "", "teacher-3-epochs": "--epochs 3,0,2", "norms": "",
+        "rank-32": "--rank 32", "rate-2e-3": "--learning-rate 2e-3", "gamma-0": "--gamma 0",
+        "gamma-2": "--gamma 2", "k-3": "--num-subnets 3", "moving-teacher": "--teacher maxnet"}),
     "third": (SST2 + "held-out --train-examples 22450 --epochs 1,1,1", 2, {
         "mlfs": "",
         "alone": "--learning-rate 1e-4", "alone-3e-4": "--learning-rate 3e-4", "alone-low-rank": "",
@@ -137,6 +144,10 @@ AGAINST = {"mlfs": "MLFS", "fixed-teacher-3e-3": "MLFS, teacher fixed, rate 3e-3
            "rank-32": "MLFS, r = 32", "supernet": "full-parameter supernet",
            "alone": "each alone, in full", "alone-low-rank": "each alone, low-rank"}
 VARIANTS = {
+    "edge": "`--recipe edge`",
+    "teacher-3-epochs": "stage 0 of three epochs at a rate of 1e-3",
+    "norms": "layer norms and biases trained as well, at a tenth of the rate",
+    "rate-2e-3": "learning rate 2e-3", "k-3": "K = 3", "moving-teacher": "`--teacher maxnet`",
     "mlfs": "the defaults (App. A: γ = 1, r = 8, learning rate 1e-3)",
     "gamma-0": "γ = 0", "gamma-2": "γ = 2",
     "rank-2": "r = 2", "rank-4": "r = 4", "rank-16": "r = 16", "rank-32": "r = 32",
@@ -294,6 +305,38 @@ model.ElasticLinear.add_stage = wider
     "everywhere": """
 model.Bert.adapted = (*model.Bert.adapted, "attention_output", "output")
 """,
+    "teacher-3-epochs": """
+begin = mlfs.begin_stage
+def slower(model, examples, space, hp, state, stage):
+    object.__setattr__(hp, "learning_rate", 3e-3 if stage else 1e-3)
+    return begin(model, examples, space, hp, state, stage)
+mlfs.begin_stage = slower
+""",
+    "norms": """
+import copy
+begin, make = mlfs.begin_stage, mlfs.make_optimizer
+def small(model):
+    return [p for name, p in model.layers.named_parameters() if p.dim() == 1]
+def with_norms(model, U, moments):
+    optimizer = make(model, U, moments)
+    for p in small(model) if model.num_stages == 3 else ():
+        p.requires_grad_()
+    if model.num_stages == 3:
+        optimizer.add_param_group({"params": small(model)})
+        def follow(optimizer, *_):
+            optimizer.param_groups[1]["lr"] = optimizer.param_groups[0]["lr"] / 10
+        optimizer.register_step_pre_hook(follow)
+    return optimizer
+def own_norms(model, examples, space, hp, state, stage):
+    optimizer, teacher = begin(model, examples, space, hp, state, stage)
+    if teacher and stage == 2:                       # which shares them otherwise
+        for part in teacher.layers.modules():
+            for name, p in part._parameters.items():
+                if p is not None and p.dim() == 1:
+                    part._parameters[name] = copy.deepcopy(p).requires_grad_(False)
+    return optimizer, teacher
+mlfs.make_optimizer, mlfs.begin_stage = with_norms, own_norms
+""",
     "frozen-head": """
 make = mlfs.make_optimizer
 def without_head(model, U, moments):
@@ -423,7 +466,7 @@ def variants(group: str) -> str:
                        for name in corners),
                      mean(list(scores.values())), gain(scores, base) if body else "",
                      f"{minutes(fastest(runs[variant])):.0f}"])
-    return (caption(group, runs["mlfs"]) + "\n\n"
+    return (caption(group, next(iter(runs.values()))) + "\n\n"
             + markdown(["", "seeds", *corners, "mean of all 9", "gain", "minutes"], body))
 
 
@@ -526,7 +569,7 @@ def estimates() -> str:
 
 def tables() -> dict[str, str]:
     """What stands between <!-- evidence: NAME --> and <!-- end --> in .github/results/README.md."""
-    kinds = {"third": variants, "teacher": teachers,
+    kinds = {"third": variants, "recipe": variants, "teacher": teachers,
              "sst2-teacher": teachers, "long": against, "custom": curves}
     made = {group: kinds.get(group, stages)(group) for group in GROUPS if load(group)}
     return made | {"against": against(), "gradients": gradient_table(), "estimates": estimates()}
