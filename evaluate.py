@@ -159,7 +159,7 @@ def rank_metrics(row, first=None):
                             for name in (first or row.metrics[0], *row.metrics))
     for name in metrics:
         if name not in fitting:
-            raise ValueError(f"this task has no metric {name!r}; choose from {', '.join(fitting)}")
+            raise ValueError(f"no metric {name!r}; choose from {', '.join(fitting)}")
     return row._replace(labels=tuple(row.labels), metrics=tuple(metrics))
 
 
@@ -431,7 +431,7 @@ def plot_palette(path, rows, metric, heading, maxnet):
                 errors = [points * row["stderr"] for row in own]
                 axis.errorbar(costs, scores, errors, fmt="o", capsize=2, label=name)
                 for row, cost, score in zip(own, costs, scores):
-                    axis.text(cost, score, row["name"], fontsize=7, verticalalignment="top")
+                    axis.text(cost, score, row["name"], fontsize=7)
             for moment, mark in (("sliced teacher", "x"), ("reordered", "+")):
                 if moment in maxnet:
                     old = [points * row["history"][moment] for row in own]
@@ -748,7 +748,6 @@ def estimate_pass_at_k(n, c, k):
 
     Unbiased (Chen et al., 2021, the paper's HumanEval).
     """
-    assert 1 <= k <= n and 0 <= c <= n
     return 1 - math.comb(n - c, k) / math.comb(n, k)
 
 

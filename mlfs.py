@@ -43,7 +43,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import data
@@ -113,7 +112,7 @@ class HyperParameters:
 
         least = {"rank": 1, "temperature": 1, "d_low": 1, "num_subnets": 1, "batch_size": 1,
                  "max_length": 4}                    # of all other numbers: 0
-        most = {"alpha": 1, "gamma": 10, "warmup": 0.99, "seed": 2 ** 32 - 1}    # others: any
+        most = {"rank": 1024, "alpha": 1, "gamma": 10, "warmup": 0.99, "seed": 2 ** 32 - 1}
         for name, value in vars(self).items():
             if isinstance(value, str):
                 choices = get_args(type(self).__annotations__[name])
@@ -302,13 +301,23 @@ def output_loss(model, last_j, last_1, batch, alpha, hp, max_logits=2 ** 22):
 
     if batch.y.dim() == 1:
         return loss(last_j, last_1, batch.y)
-    # Of code each position that has a next token is a row. Where V is 49,152, eight windows of 512
-    # tokens have 0.8 GB of logits, the teacher's are as large, and so is the gradient. So a chunk's
-    # are made, forgotten, and made once more for its gradient.
+    # Of code each position that has a next token is a row.
     real = batch.y != data.IGNORED
+    rows = [part[real] for part in (last_j, last_1, batch.y)]
+    if model.word_embeddings.weight.requires_grad:               # full-rank: of W, too
+        return loss(*rows)
+    # Where V is 49,152, eight windows of 512 tokens have 0.8 GB of logits, the teacher's are as
+    # large, and so is the gradient. So a chunk's gradient is taken while its logits exist. What
+    # comes before is given a linear function that has this value and this gradient.
     size = max(1, max_logits // model.config["vocab_size"])
-    chunks = zip(*(rows[real].split(size) for rows in (last_j, last_1, batch.y)))
-    return sum(checkpoint(loss, *chunk, use_reentrant=False) for chunk in chunks)
+    value = 0.0
+    gradient = torch.zeros_like(rows[0])
+    for d, last, *targets in zip(*(part.detach().split(size) for part in (gradient, *rows))):
+        part = loss(last.requires_grad_(), *targets)
+        d += torch.autograd.grad(part, last)[0]
+        value += part.detach()
+    linear = (rows[0] * gradient).sum()
+    return value + linear - linear.detach()
 
 
 # ----------------------------------------------------------------------------------- Algorithm 1
@@ -831,9 +840,6 @@ def fit_settings(hp, given, model):
     if given.get("max_length", 0) > model.max_tokens:
         raise ValueError(f"max_length {hp.max_length} exceeds the model's {model.max_tokens} "
                          f"positions")
-    hidden = model.config["hidden_size"]
-    if hp.rank > hidden:
-        raise ValueError(f"rank {hp.rank} exceeds the hidden size {hidden}")
     if model.drawn and not hp.epochs[0]:
         raise ValueError(f"--epochs 0,... would leave the model's new {' and '.join(model.drawn)} "
                          f"untrained; give stage 0 an epoch")
@@ -934,7 +940,7 @@ def opening(run):
     changed = [f"{name} {value}" for name, value in vars(run.hp).items()
                if value != getattr(HyperParameters, name)]
     return (f"MLFS on {s['task']}: {base}, "
-            f"{s['space'][0]['parameters'] / 1e6:.1f}M parameters\n"
+            f"{evaluate.millions(s['space'][0]['parameters'])} parameters\n"
             f"data: {found['folder']}; {', '.join(counts)}; skipped: {found['skipped'] or 0}\n"
             f"classes: {classes}\n"
             f"settings: {', '.join(changed) or 'none'}\n"

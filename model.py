@@ -1205,11 +1205,6 @@ def pad_heads(model, heads):
 # --------------------------------------------------------------------------------------- speed
 # Nothing below changes a result by more than rounding. Each part says what it saves, and where.
 
-# oneDNN keeps a kernel for each shape, by default 1,024. With 192 stage 2 takes 0.4 GB less and as
-# long, stage 0 6% longer.
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "192")
-
-
 def low_rank_linear(x, W, b, A, B):
     """x Wᵀ + b + Σ_s (x A_s) B_s. These lines say the same; stage 2 takes 1.12 times as long by
     them, stage 0 as long (MiniLM, float32, one thread, AMD EPYC):

@@ -153,10 +153,10 @@ EXPECTED = (
     "command, words",
     [
         (["--task", "sst3"], "unknown task 'sst3'"),
-        (["--rank", "0"], "rank must be at least 1"),
+        (["--rank", "0"], "rank must be in [1, 1024], not 0"),
         (["--alpha", "2"], "alpha must be in [0, 1]"),
         (["--gamma", "1000"], "gamma must be in [0, 10]"),
-        (["--rank", "100000000000"], "exceeds the hidden size 64"),
+        (["--rank", "100000000000"], "rank must be in [1, 1024], not 100000000000"),
         (["--widths", "1,.3"], "0.3 of 4 heads is 1.2, not a whole number"),
         (["--widths", "1e999999999"], "inf of 4 heads is inf, not a whole number"),
         (["--data-dir", "."], "--data-dir .: name its --task"),

@@ -774,7 +774,7 @@ def flip(folder):
         (edit("run.json", '"seed": 0', '"seed": []'), "was edited: there is no 'seed'"),
         (
             edit("run.json", '"accuracy"', '"accurate"'),
-            "was edited: this task has no metric 'accurate'; choose from accuracy, f1",
+            "was edited: no metric 'accurate'; choose from accuracy, f1",
         ),
         (edit("run.json", '"negative"', '"none", "negative"'), "do not fit this base model"),
         (edit("run.json", '"sha256": "', '"sha256": "0'), "is not the checkpoint that"),

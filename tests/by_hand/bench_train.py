@@ -211,9 +211,6 @@ class Contestant:
 
     def __init__(self, name, cores, root=ROOT, **options):
         env = os.environ | {"OMP_NUM_THREADS": str(len(cores)), "CUDA_VISIBLE_DEVICES": ""}
-        if name.startswith("their"):
-            # A user of theirs has oneDNN's own cache of 1,024 entries; see the end of model.py.
-            env["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] = "1024"
         self.process = subprocess.Popen(
             [sys.executable, "-W", "ignore", Path(root, "tests/by_hand/bench_train.py"), "--child",
              name, json.dumps(cores), json.dumps(options)],
