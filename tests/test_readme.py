@@ -332,7 +332,7 @@ def test_the_readmes_evidence_is_that_of_the_results(made):
     assert shown.items() <= sst2.items()
     (against,) = tables(made["against"])
     (shown,) = with_column(README, "stored for the task")
-    assert len(shown) == 3 * 4
+    assert len(shown) == 4 * 4
     for (method, what), cell in shown.items():  # columns there are rows here
         assert cell == (against[what, method] if what else method)
 

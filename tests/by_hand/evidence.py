@@ -142,7 +142,8 @@ GROUPS = {
 }
 AGAINST = {"mlfs": "MLFS", "fixed-teacher-3e-3": "MLFS, teacher fixed, rate 3e-3",
            "rank-32": "MLFS, r = 32", "supernet": "full-parameter supernet",
-           "alone": "each alone, in full", "alone-low-rank": "each alone, low-rank"}
+           "alone": "each alone, in full", "alone-low-rank": "each alone, low-rank",
+           "edge": "MLFS, `--recipe edge`"}
 VARIANTS = {
     "edge": "`--recipe edge`",
     "teacher-3-epochs": "stage 0 of three epochs at a rate of 1e-3",
@@ -483,6 +484,8 @@ def teachers(group: str) -> str:
 def against(group: str = "third") -> str:
     """Scores of every subnet side by side, then what they cost."""
     runs = load(group)
+    if group == "third":                             # on the same sentences, with epochs 1,0,2
+        runs |= {name: seeds for name, seeds in load("recipe").items() if name == "edge"}
     there = {variant: text for variant, text in AGAINST.items() if variant in runs}
     body = [[name, f"{row['parameters'] / 1e6:.2f}M",
              *(mean([rows[name]["score"] for _, rows in runs[variant]]) for variant in there)]
