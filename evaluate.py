@@ -429,7 +429,7 @@ def plot_palette(path, rows, metric, heading, maxnet):
                 costs = [row[key] for row in own]
                 scores = [points * row["score"] for row in own]
                 errors = [points * row["stderr"] for row in own]
-                axis.errorbar(costs, scores, errors, fmt="o", capsize=2, label=name)
+                axis.errorbar(costs, scores, errors, fmt="o", label=name)
                 for row, cost, score in zip(own, costs, scores):
                     axis.text(cost, score, row["name"], fontsize=7)
             for moment, mark in (("sliced teacher", "x"), ("reordered", "+")):
@@ -438,7 +438,7 @@ def plot_palette(path, rows, metric, heading, maxnet):
                     axis.plot(costs, old, mark, color="gray", label=f"{moment}, not trained yet")
             if "sliced teacher" in maxnet:           # its history: at that moment it is the teacher
                 axis.axhline(points * maxnet["sliced teacher"], linestyle=":", label="teacher")
-            axis.grid(alpha=0.3)
+            axis.grid()
         axes[0].legend(fontsize=7)
 
 

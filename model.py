@@ -61,7 +61,7 @@ class ElasticLinear(nn.Module):
         super().__init__()
         self.weight = parameter(out_features, in_features, trainable=trainable)
         self.bias = parameter(out_features, trainable=trainable) if bias else None
-        self.A = nn.ParameterList()                  # A_0, A_1, A_2: one a stage
+        self.A = nn.ParameterList()                  # A_0, A_1, A_2: one a stage that trains
         self.B = nn.ParameterList()
 
     def add_stage(self, rank, generator):
@@ -1221,7 +1221,7 @@ def low_rank_linear(x, W, b, A, B):
 
 
 class LowRankLinear(torch.autograd.Function):
-    """y = x Wᵀ + b + (x A) B (Eqs. 8 and 9): x (..., i), A (i, r), B (r, o), W (o, i) and b frozen.
+    """y = x Wᵀ + b + (x A) B (Eqs. 8 and 9): x (..., i), A (i, r), B (r, o), W (o, i), b frozen.
 
     Its gradient is by hand: sums go in place and nothing is kept that no gradient reads.
     """
@@ -1238,7 +1238,7 @@ class LowRankLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g):
-        """dx = g W + (g Bᵀ) Aᵀ, dA = xᵀ (g Bᵀ), dB = (x A)ᵀ g."""
+        """dx = g W + (g Bᵀ) Aᵀ, dA = xᵀ (g Bᵀ), dB = (x A)ᵀ g; dW = gᵀ x if it is asked for."""
         rows, W, A, B, xA = ctx.saved_tensors
         g_rows = g.reshape(-1, g.size(-1))                                       # (M, o)
         gB = F.linear(g_rows, B)                                                 # (M, r)

@@ -154,6 +154,8 @@ EXPECTED = (
     [
         (["--task", "sst3"], "unknown task 'sst3'"),
         (["--rank", "0"], "rank must be in [1, 1024], not 0"),
+        (["--widths", f"1{400 * '0'}/1"], "argument --widths: invalid"),
+        (["--recipe", "edge", "--adapters", "full"], "teacher must be maxnet with --adapters full"),
         (["--alpha", "2"], "alpha must be in [0, 1]"),
         (["--gamma", "1000"], "gamma must be in [0, 10]"),
         (["--rank", "100000000000"], "rank must be in [1, 1024], not 100000000000"),

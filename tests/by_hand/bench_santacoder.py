@@ -57,6 +57,8 @@ def measure(what: str, folder: Path) -> None:
             model(torch.arange(256)[None])
     elif what == "step":
         model.gradient_checkpointing = True
+        for _ in range(2):                           # of stages without epochs there is no pair
+            model.add_stage(mlfs.HyperParameters.rank)
         hp = mlfs.HyperParameters(epochs=(0, 0, 1), batch_size=1, max_length=256, reorder=False,
                                   checkpointing=True)
         window = data.Examples([np.arange(256)], None, None)

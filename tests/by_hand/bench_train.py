@@ -90,6 +90,8 @@ def iterations(model, examples, stage=0, shares=3, **options):
     """Those of one stage, by `mlfs` itself; shares: so many widths and so many depths in 𝒜."""
     parts = [1 - i / 12 for i in range(shares)], [1 - i / 8 for i in range(shares)]
     space = mlfs.configuration_space(model.maxnet, *(parts if shares != 3 else ()))
+    for _ in range(stage):                           # of stages without epochs there is no pair
+        model.add_stage(mlfs.HyperParameters.rank)
     run = mlfs.mlfs(model, examples, space, setting(stage, **options))
     return (at for at in run if isinstance(at, mlfs.Updated))
 

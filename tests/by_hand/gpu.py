@@ -131,6 +131,8 @@ def our_steps(at, name, examples, batch_size, stage, checkpointing=False, in_ord
     """Iterations of one stage, by `mlfs` itself, in bfloat16; in_order: as a run does it."""
     model = random_model(at, name)
     model.gradient_checkpointing = checkpointing
+    for _ in range(stage):                           # of stages without epochs there is no pair
+        model.add_stage(mlfs.HyperParameters.rank)
     hp = mlfs.HyperParameters(epochs=tuple(99 * (s == stage) for s in range(3)), gamma=1.0,
                               batch_size=batch_size, reorder=False)
     events = mlfs.mlfs(model, examples, palette_of(at, name, model), hp)
