@@ -513,6 +513,9 @@ def test_a_recipe_is_a_row_of_settings_between_the_tasks_and_those_that_are_give
     assert not m.RECIPES["paper"] and recipe["target_modules"] == "all-linear"
     with pytest.raises(ValueError, match="argument --recipe: invalid choice: 'best'"):
         m.parse_arguments(["--recipe", "best"])
+    monkeypatch.setattr(m, "shared_inputs", None)  # told before anything is looked for
+    with pytest.raises(ValueError, match="teacher must be maxnet with --adapters full"):
+        prepare(tmp_path, monkeypatch, "--recipe", "edge", "--adapters", "full")
 
 
 def test_stage_0_cannot_be_left_out_where_the_classifier_is_new(tmp_path, monkeypatch):
