@@ -319,7 +319,7 @@ def output_loss(model, last_j, last_1, batch, alpha, hp, max_logits=2 ** 22):
         part = loss(last.requires_grad_(), *targets)
         d += torch.autograd.grad(part, last)[0]
         value += part.detach()
-    linear = (rows[0] * gradient).sum()
+    linear = (rows[0].float() * gradient).sum()
     return value + linear - linear.detach()          # its derivative by rows[0] is `gradient`
 
 
@@ -672,8 +672,8 @@ class Run:
         if event.steps:                              # a stage of 0 epochs is passed over
             print(f"\nStage {event.stage}: {STAGES[event.stage]}; trains {trained:,} weights, "
                   f"{trained / whole:.1%} of the model; {event.steps:,} steps", flush=True)
-        self.bar = tqdm(total=event.steps, initial=event.step, disable=None, unit=" steps",
-                        desc=f"stage {event.stage}")
+        self.bar = tqdm(total=event.steps, initial=event.step, unit=" steps",
+                        desc=f"stage {event.stage}", disable=not event.steps or None)
         self.started = time.monotonic()
 
     def show(self, event):

@@ -1087,8 +1087,8 @@ def stored_order(model, state):
         for kind, size in sizes.items():
             key = f"{l}.{kind}"
             index = order[key] = state.get(f"order.{key}", torch.empty(0))
-            whole_numbers = index.dtype == torch.int64
-            if not whole_numbers or not torch.equal(index.sort().values, torch.arange(size)):
+            if (index.dtype != torch.int64
+                    or not torch.equal(index.sort().values, torch.arange(size))):
                 raise ValueError(f"'order.{key}' is no permutation of its {size}")
     return order
 

@@ -464,6 +464,17 @@ def test_losses_in_chunks_equal_the_whole_in_value_and_gradient(tied, full, alph
             assert a is None or torch.allclose(3 * a, b, atol=1e-5)
 
 
+def test_prop_2s_factor_is_not_rounded_to_bfloat16():
+    """Chunks hand their gradient on times (n_1/n_j)^γ / K: a third of it is a third, not 0.334."""
+    decoder = tiny_llama().bfloat16()
+    s = torch.randn(3, 9, 16, dtype=torch.bfloat16, requires_grad=True)
+    batch = mlfs.Batch({}, tokens(), 27, 27)
+    value = mlfs.output_loss(decoder, s, s.detach(), batch, 0.0, HP)
+    (whole,) = torch.autograd.grad(value, s, retain_graph=True)
+    (third,) = torch.autograd.grad(value / 3, s)
+    assert torch.equal(third, (whole.float() / 3).bfloat16())
+
+
 def test_no_more_logits_than_allowed_are_made_at_a_time(monkeypatch):
     """KD over 49k words must not build (B, T, V) even once, and each logit is made once."""
     model, rows, logits = tiny_llama(), [], Llama.logits
