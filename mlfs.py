@@ -634,8 +634,8 @@ class Run:
                         for row, old in zip(rows, before)]
         measured = {"adapters": evaluate.digest(self.model.trained_state()),
                     "dtype": self.settings["dtype"]}
-        palette = {"measured": measured, "subnets": self.palette}
-        evaluate.write_palette(self.folder, self.settings, self.task, palette)
+        evaluate.write_palette(self.folder, self.settings, self.task,
+                               {"measured": measured, "subnets": self.palette})
 
     def log(self, event, **values):
         """A line of log.jsonl."""
