@@ -4,6 +4,7 @@
     python tests/by_hand/evidence.py custom          # weights/custom: 2/3 of SmolLM2's width
     python tests/by_hand/evidence.py full-teacher    # weights/full-teacher: stage 0 in full
     python tests/by_hand/evidence.py run [NAME ...]  # all, or those whose name holds a NAME
+    python tests/by_hand/evidence.py dev NAME ...    # a held-out run's scores on SST-2's dev
     python tests/by_hand/evidence.py gradients       # how strongly each loss pulls
     python tests/by_hand/evidence.py tables          # the page's tables, .github/*.png (matplotlib)
 
@@ -94,12 +95,13 @@ GROUPS = {
     "mrpc": (f"--task mrpc {GLUE}", 3, {"mlfs": "", "edge": "--recipe edge --epochs 8,0,16"}),
     "rte": (f"--task rte {GLUE}", 3, {"mlfs": ""}),
     "cola": (f"--task cola {GLUE}", 3, {"mlfs": "", "edge": "--recipe edge --epochs 8,0,16"}),
-    "recipe": (SST2 + "held-out --train-examples 22450 --recipe edge --epochs 1,0,2", 2, {
+    "recipe": (SST2 + "held-out --train-examples 22450 --recipe edge --epochs 1,0,2", 3, {
         "edge": "",
         "supernet-1-0-2": "--recipe paper --adapters full --gamma 0 --learning-rate 1e-4",
-        "gamma-0": "--gamma 0", "moving-teacher": "--gamma 0 --teacher maxnet",
-        "alpha-0.5": "--alpha 0.5", "teacher-3-epochs": "--epochs 3,0,2", "norms": "",
-        "rank-32": "--rank 32", "k-3": "--num-subnets 3"}),
+        "moving-teacher": "--teacher maxnet", "k-3": "--num-subnets 3",
+        "gamma-1": "--gamma 1", "alpha-0.5": "--gamma 1 --alpha 0.5",
+        "teacher-3-epochs": "--gamma 1 --epochs 3,0,2", "norms": "--gamma 1",
+        "gamma-1-rank-32": "--gamma 1 --rank 32"}),
     "third": (SST2 + "held-out --train-examples 22450 --epochs 1,1,1", 2, {
         "mlfs": "",
         "alone": "--learning-rate 1e-4", "alone-3e-4": "--learning-rate 3e-4", "alone-low-rank": "",
@@ -149,9 +151,10 @@ AGAINST = {"mlfs": "MLFS", "fixed-teacher-3e-3": "MLFS, teacher fixed, rate 3e-3
            "supernet-1-0-2": "full-parameter supernet, epochs 1,0,2"}
 VARIANTS = {
     "edge": "`--recipe edge`", "supernet-1-0-2": "full-parameter supernet, the same epochs",
-    "teacher-3-epochs": "stage 0 of three epochs at a rate of 1e-3",
-    "norms": "layer norms and biases trained as well, at a tenth of the rate",
-    "k-3": "K = 3", "alpha-0.5": "α = 0.5", "moving-teacher": "γ = 0, `--teacher maxnet`",
+    "k-3": "K = 3", "gamma-1": "γ = 1", "alpha-0.5": "γ = 1, α = 0.5",
+    "teacher-3-epochs": "γ = 1, stage 0 of three epochs at a rate of 1e-3",
+    "norms": "γ = 1, layer norms and biases trained as well, at a tenth of the rate",
+    "gamma-1-rank-32": "γ = 1, r = 32",
     "mlfs": "the defaults (App. A: γ = 1, r = 8, learning rate 1e-3)",
     "gamma-0": "γ = 0", "gamma-2": "γ = 2",
     "rank-2": "r = 2", "rank-4": "r = 4", "rank-16": "r = 16", "rank-32": "r = 32",
@@ -256,6 +259,21 @@ def keep(name: str) -> None:
     shutil.copy(folder / "palette.json", target / "palette.json")
     if name.startswith(LOGGED):
         shutil.copy(folder / "log.jsonl", target / "log.jsonl")
+
+
+def on_dev(name: str) -> None:
+    """A run that was measured on held-out sentences, scored on SST-2's dev: to its dev.json.
+
+    It has trained on a part of TRAIN, and no choice was made by what is found here.
+    """
+    run, model, space = evaluate.load_run(ROOT / "runs" / "evidence" / name)
+    task = data.TASKS[run["task"]]
+    rows = data.load_task(task, ROOT / "weights" / "glue")["dev"]
+    tokenizer = data.load_tokenizer(run["base"]["folder"])
+    dev = data.encode(tokenizer, rows, run["hyper_parameters"]["max_length"])
+    scores = {row["name"]: row["score"]
+              for row in evaluate.palette(model, space, task, {"dev": dev})}
+    (RESULTS / name / "dev.json").write_text(json.dumps(scores, indent=1) + "\n", "utf-8")
 
 
 def gradients(name: str = "third/mlfs-seed0", batches: int = 20) -> None:
@@ -513,6 +531,23 @@ def against(group: str = "third") -> str:
             + markdown(["subnet", "parameters", *there.values()], body))
 
 
+def dev_table(variants: tuple[str, ...] = ("edge", "supernet-1-0-2")) -> str:
+    """The recipe and the supernet on SST-2's dev (`on_dev`), mean ± standard error over seeds."""
+    runs = {variant: [json.loads(path.read_text("utf-8")) for path in
+                      sorted((RESULTS / "recipe").glob(f"{variant}-seed*/dev.json"))]
+            for variant in variants}
+    body = [[name, *(mean([scores[name] for scores in seeds]) for seeds in runs.values())]
+            for name in runs[variants[0]][0]]
+    means = {variant: dict(enumerate(statistics.fmean(list(scores.values())[1:])
+                                     for scores in seeds)) for variant, seeds in runs.items()}
+    body.append(["mean of the 8 below the maxnet",
+                 *(mean(list(of.values())) for of in means.values())])
+    body.append(["gain over the first column", "",
+                 *(gain(means[variant], means[variants[0]]) for variant in variants[1:])])
+    body.append(["seeds", *(str(len(seeds)) for seeds in runs.values())])
+    return markdown(["subnet", *(AGAINST[variant] for variant in variants)], body)
+
+
 def curves(group: str) -> str:
     """Fig. 5: validation loss by step of stage 0, which is ordinary fine-tuning."""
     runs, body, steps = load(group), [], []
@@ -579,7 +614,8 @@ def tables() -> dict[str, str]:
     kinds = {"third": variants, "recipe": variants, "teacher": teachers,
              "sst2-teacher": teachers, "long": against, "custom": curves}
     made = {group: kinds.get(group, stages)(group) for group in GROUPS if load(group)}
-    return made | {"against": against(), "gradients": gradient_table(), "estimates": estimates()}
+    return made | {"against": against(), "dev": dev_table(), "gradients": gradient_table(),
+                   "estimates": estimates()}
 
 
 def average(runs: list, score: Callable[[dict], float]) -> tuple[list[float], list[float]]:
@@ -655,6 +691,9 @@ def main() -> int:
         return run(names)
     elif what == "alone" and names and names[0] in commands():       # what `run` calls
         alone([*commands()[names[0]], "--overwrite"], "low-rank" not in names[0])
+    elif what == "dev":
+        for name in names:
+            on_dev(name)
     elif what == "gradients":
         gradients()
     elif what == "tables":
