@@ -96,6 +96,22 @@ def test_tables_show_means_standard_errors_and_gains_seed_by_seed(tmp_path, monk
     assert gains == "| gain over the first column |  |  | 1.0 |"
 
 
+def test_devs_table_leaves_the_maxnet_out_of_the_mean_and_compares_equal_seeds(
+    tmp_path, monkeypatch
+):
+    """Recipe: 80 and 82 with seeds 0 and 1; the supernet has seed 0 alone, one point above."""
+    monkeypatch.setattr(evidence, "RESULTS", tmp_path)
+    for variant, seed, score in ("edge", 0, 0.80), ("edge", 1, 0.82), ("supernet-1-0-2", 0, 0.81):
+        folder = tmp_path / "recipe" / f"{variant}-seed{seed}"
+        folder.mkdir(parents=True)
+        evaluate.write_json(folder / "dev.json", {"w1-d6": 0.5, "w1-d4": score, "w1-d3": score})
+    *_, maxnet, _, _, means, gains, seeds = evidence.dev_table().splitlines()
+    assert maxnet == "| w1-d6 | 50.0 ± 0.0 | 50.0 |"
+    assert means == "| mean of the 8 below the maxnet | 81.0 ± 1.0 | 81.0 |"
+    assert gains == "| gain over the first column |  | 1.0 |"
+    assert seeds == "| seeds | 2 | 1 |"
+
+
 def test_a_decoders_tables_show_nats_with_and_without_distillation_and_over_the_steps(
     tmp_path, monkeypatch
 ):
