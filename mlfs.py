@@ -319,7 +319,7 @@ def output_loss(model, last_j, last_1, batch, alpha, hp, max_logits=2 ** 22):
         part = loss(last.requires_grad_(), *targets)
         d += torch.autograd.grad(part, last)[0]
         value += part.detach()
-    linear = (rows[0].float() * gradient).sum()
+    linear = (rows[0].float() * gradient).sum()      # float32: Prop. 2's factor comes back by it
     return value + linear - linear.detach()          # its derivative by rows[0] is `gradient`
 
 

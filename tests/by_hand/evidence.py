@@ -151,7 +151,8 @@ AGAINST = {"mlfs": "MLFS", "fixed-teacher-3e-3": "MLFS, teacher fixed, rate 3e-3
            "supernet-1-0-2": "full-parameter supernet, epochs 1,0,2"}
 VARIANTS = {
     "edge": "`--recipe edge`", "supernet-1-0-2": "full-parameter supernet, the same epochs",
-    "k-3": "K = 3", "gamma-1": "γ = 1", "alpha-0.5": "γ = 1, α = 0.5",
+    "k-3": "K = 3", "moving-teacher": "`--teacher maxnet`",
+    "gamma-1": "γ = 1", "alpha-0.5": "γ = 1, α = 0.5",
     "teacher-3-epochs": "γ = 1, stage 0 of three epochs at a rate of 1e-3",
     "norms": "γ = 1, layer norms and biases trained as well, at a tenth of the rate",
     "gamma-1-rank-32": "γ = 1, r = 32",
@@ -264,7 +265,7 @@ def keep(name: str) -> None:
 def on_dev(name: str) -> None:
     """A run that was measured on held-out sentences, scored on SST-2's dev: to its dev.json.
 
-    It has trained on a part of TRAIN, and no choice was made by what is found here.
+    It has trained on a part of TRAIN alone.
     """
     run, model, space = evaluate.load_run(ROOT / "runs" / "evidence" / name)
     task = data.TASKS[run["task"]]
@@ -533,18 +534,19 @@ def against(group: str = "third") -> str:
 
 def dev_table(variants: tuple[str, ...] = ("edge", "supernet-1-0-2")) -> str:
     """The recipe and the supernet on SST-2's dev (`on_dev`), mean ± standard error over seeds."""
-    runs = {variant: [json.loads(path.read_text("utf-8")) for path in
-                      sorted((RESULTS / "recipe").glob(f"{variant}-seed*/dev.json"))]
-            for variant in variants}
-    body = [[name, *(mean([scores[name] for scores in seeds]) for seeds in runs.values())]
-            for name in runs[variants[0]][0]]
-    means = {variant: dict(enumerate(statistics.fmean(list(scores.values())[1:])
-                                     for scores in seeds)) for variant, seeds in runs.items()}
-    body.append(["mean of the 8 below the maxnet",
-                 *(mean(list(of.values())) for of in means.values())])
-    body.append(["gain over the first column", "",
-                 *(gain(means[variant], means[variants[0]]) for variant in variants[1:])])
-    body.append(["seeds", *(str(len(seeds)) for seeds in runs.values())])
+    columns, means = [], []                          # of each variant; by seed
+    for variant in variants:
+        files = sorted((RESULTS / "recipe").glob(f"{variant}-seed*/dev.json"))
+        scores = {path.parent.name: json.loads(path.read_text("utf-8")) for path in files}
+        seeds = {name.removeprefix(f"{variant}-seed"): of for name, of in scores.items()}
+        columns.append(seeds)
+        means.append({seed: statistics.fmean(list(of.values())[1:]) for seed, of in seeds.items()})
+    names = next(iter(columns[0].values()))
+    body = [[name, *(mean([of[name] for of in seeds.values()]) for seeds in columns)]
+            for name in names]
+    body.append(["mean of the 8 below the maxnet", *(mean(list(of.values())) for of in means)])
+    body.append(["gain over the first column", "", *(gain(of, means[0]) for of in means[1:])])
+    body.append(["seeds", *(str(len(seeds)) for seeds in columns)])
     return markdown(["subnet", *(AGAINST[variant] for variant in variants)], body)
 
 
