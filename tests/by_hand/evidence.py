@@ -92,14 +92,17 @@ GROUPS = {
         # As many forward-backward passes: 3 + 6 K epochs.
         "edge": "--recipe edge",
         "supernet": "--adapters full --gamma 0 --learning-rate 1e-4 --epochs 3,0,6"}),
-    "mrpc": (f"--task mrpc {GLUE}", 3, {"mlfs": "", "edge": "--recipe edge --epochs 8,0,16"}),
+    "mrpc": (f"--task mrpc {GLUE}", 3, {"mlfs": "", "edge": "--recipe edge --epochs 4,0,8"}),
     "rte": (f"--task rte {GLUE}", 3, {"mlfs": ""}),
-    "cola": (f"--task cola {GLUE}", 3, {"mlfs": "", "edge": "--recipe edge --epochs 8,0,16"}),
+    "cola": (f"--task cola {GLUE}", 3, {"mlfs": "", "edge": "--recipe edge --epochs 4,0,8"}),
     "recipe": (SST2 + "held-out --train-examples 22450 --recipe edge --epochs 1,0,2", 3, {
         "edge": "",
         "supernet-1-0-2": "--recipe paper --adapters full --gamma 0 --learning-rate 1e-4",
         "moving-teacher": "--teacher maxnet", "k-3": "--num-subnets 3",
-        "gamma-1": "--gamma 1", "alpha-0.5": "--gamma 1 --alpha 0.5",
+        "alpha-0.5": "--alpha 0.5", "stage-2-rank-32": "",
+        "supernet-fixed-teacher": "--recipe paper --adapters full --gamma 0 --learning-rate 1e-4 "
+                                  "--kl forward",
+        "gamma-1": "--gamma 1",
         "teacher-3-epochs": "--gamma 1 --epochs 3,0,2", "norms": "--gamma 1",
         "gamma-1-rank-32": "--gamma 1 --rank 32"}),
     "third": (SST2 + "held-out --train-examples 22450 --epochs 1,1,1", 2, {
@@ -152,7 +155,10 @@ AGAINST = {"mlfs": "MLFS", "fixed-teacher-3e-3": "MLFS, teacher fixed, rate 3e-3
 VARIANTS = {
     "edge": "`--recipe edge`", "supernet-1-0-2": "full-parameter supernet, the same epochs",
     "k-3": "K = 3", "moving-teacher": "`--teacher maxnet`",
-    "gamma-1": "γ = 1", "alpha-0.5": "γ = 1, α = 0.5",
+    "alpha-0.5": "α = 0.5", "stage-2-rank-32": "r = 32 in stage 2, 16 in stage 0",
+    "supernet-fixed-teacher": "full-parameter supernet, the same epochs, with a fixed teacher and "
+                              "KL[teacher, student], too",
+    "gamma-1": "γ = 1",
     "teacher-3-epochs": "γ = 1, stage 0 of three epochs at a rate of 1e-3",
     "norms": "γ = 1, layer norms and biases trained as well, at a tenth of the rate",
     "gamma-1-rank-32": "γ = 1, r = 32",
@@ -334,6 +340,25 @@ def slower(model, examples, space, hp, state, stage):
     object.__setattr__(hp, "learning_rate", 3e-3 if stage else 1e-3)
     return begin(model, examples, space, hp, state, stage)
 mlfs.begin_stage = slower
+""",
+    "stage-2-rank-32": """
+begin = mlfs.begin_stage
+def more(model, examples, space, hp, state, stage):
+    object.__setattr__(hp, "rank", 32 if stage else 16)
+    return begin(model, examples, space, hp, state, stage)
+mlfs.begin_stage = more
+""",
+    "supernet-fixed-teacher": """
+import copy                                          # (its stage 2 cannot be resumed)
+begin, make = mlfs.begin_stage, mlfs.make_optimizer
+def fixed(model, examples, space, hp, state, stage):
+    teacher = copy.deepcopy(model).requires_grad_(False) if stage == 2 else None
+    return begin(model, examples, space, hp, state, stage)[0], teacher
+def without_head(model, U, moments):
+    for name in model.trained_whole if model.num_stages == 3 else ():
+        getattr(model, name).requires_grad_(False)
+    return make(model, U, moments)
+mlfs.begin_stage, mlfs.make_optimizer = fixed, without_head
 """,
     "norms": """
 import copy
