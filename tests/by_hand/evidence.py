@@ -94,12 +94,13 @@ GROUPS = {
         "supernet": "--adapters full --gamma 0 --learning-rate 1e-4 --epochs 3,0,6"}),
     "mrpc": (f"--task mrpc {GLUE}", 3, {"mlfs": "", "edge": "--recipe edge --epochs 4,0,8"}),
     "rte": (f"--task rte {GLUE}", 3, {"mlfs": ""}),
-    "cola": (f"--task cola {GLUE}", 3, {"mlfs": "", "edge": "--recipe edge --epochs 4,0,8"}),
+    "cola": (f"--task cola {GLUE}", 3, {
+        "mlfs": "", "edge": "--recipe edge --epochs 4,0,8 --learning-rate 2e-3"}),
     "recipe": (SST2 + "held-out --train-examples 22450 --recipe edge --epochs 1,0,2", 3, {
         "edge": "",
         "supernet-1-0-2": "--recipe paper --adapters full --gamma 0 --learning-rate 1e-4",
         "moving-teacher": "--teacher maxnet", "k-3": "--num-subnets 3",
-        "alpha-0.5": "--alpha 0.5", "stage-2-rank-32": "",
+        "rate-2e-3": "--learning-rate 2e-3", "alpha-0.5": "--alpha 0.5", "stage-2-rank-32": "",
         "supernet-fixed-teacher": "--recipe paper --adapters full --gamma 0 --learning-rate 1e-4 "
                                   "--kl forward",
         "gamma-1": "--gamma 1",
@@ -165,7 +166,8 @@ VARIANTS = {
     "mlfs": "the defaults (App. A: γ = 1, r = 8, learning rate 1e-3)",
     "gamma-0": "γ = 0", "gamma-2": "γ = 2",
     "rank-2": "r = 2", "rank-4": "r = 4", "rank-16": "r = 16", "rank-32": "r = 32",
-    "rate-3e-3": "learning rate 3e-3", "tuned": "r = 16, learning rate 3e-3",
+    "rate-2e-3": "learning rate 2e-3", "rate-3e-3": "learning rate 3e-3",
+    "tuned": "r = 16, learning rate 3e-3",
     "everywhere": "r = 16, rate 2e-3, adapters on both output projections, too",
     "wider-start": "A starts three times as large",
     "no-reorder": "heads and neurons in the checkpoint's order",
