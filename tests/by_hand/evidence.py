@@ -84,6 +84,8 @@ def full_teacher(target: Path) -> int:
 
 
 SST2 = "--task sst2 --model weights/minilm-l6 --data-dir weights/"
+RECIPE = SST2 + "held-out --train-examples 22450 --recipe edge --epochs 1,0,2 --learning-rate 3e-3"
+SUPERNET = "--recipe paper --adapters full --gamma 0 --learning-rate 1e-4"
 GLUE = "--model weights/minilm-l6 --data-dir weights/glue"
 # group: (options of all its runs, seeds, {variant: its own options})
 GROUPS = {
@@ -96,16 +98,17 @@ GROUPS = {
     "rte": (f"--task rte {GLUE}", 3, {"mlfs": ""}),
     "cola": (f"--task cola {GLUE}", 3, {
         "mlfs": "", "edge": "--recipe edge --epochs 4,0,8 --learning-rate 2e-3"}),
-    "recipe": (SST2 + "held-out --train-examples 22450 --recipe edge --epochs 1,0,2", 3, {
-        "edge": "",
-        "supernet-1-0-2": "--recipe paper --adapters full --gamma 0 --learning-rate 1e-4",
-        "moving-teacher": "--teacher maxnet", "k-3": "--num-subnets 3",
-        "rate-2e-3": "--learning-rate 2e-3", "alpha-0.5": "--alpha 0.5", "stage-2-rank-32": "",
-        "supernet-fixed-teacher": "--recipe paper --adapters full --gamma 0 --learning-rate 1e-4 "
-                                  "--kl forward",
-        "gamma-1": "--gamma 1",
+    "recipe": (RECIPE, 3, {
+        "edge": "", "supernet-1-0-2": SUPERNET, "moving-teacher": "--teacher maxnet",
+        "rate-2e-3": "--learning-rate 2e-3", "stage-2-rank-32": "", "gamma-1": "--gamma 1",
         "teacher-3-epochs": "--gamma 1 --epochs 3,0,2", "norms": "--gamma 1",
         "gamma-1-rank-32": "--gamma 1 --rank 32"}),
+    "recipe-gpu": (RECIPE, 3, {                      # by graphs.py
+        "edge": "", "supernet-1-0-2": SUPERNET,
+        "supernet-fixed-teacher": SUPERNET + " --kl forward",
+        "k-3": "--num-subnets 3", "k-8": "--num-subnets 8 --epochs 1,0,1",
+        "alpha-0.5": "--alpha 0.5", "alpha-1": "--alpha 1",
+        "rates-of-a-and-b": "--learning-rate 1.5e-3", "unclipped": "--clip 0"}),
     "third": (SST2 + "held-out --train-examples 22450 --epochs 1,1,1", 2, {
         "mlfs": "",
         "alone": "--learning-rate 1e-4", "alone-3e-4": "--learning-rate 3e-4", "alone-low-rank": "",
@@ -156,7 +159,9 @@ AGAINST = {"mlfs": "MLFS", "fixed-teacher-3e-3": "MLFS, teacher fixed, rate 3e-3
 VARIANTS = {
     "edge": "`--recipe edge`", "supernet-1-0-2": "full-parameter supernet, the same epochs",
     "k-3": "K = 3", "moving-teacher": "`--teacher maxnet`",
-    "alpha-0.5": "α = 0.5", "stage-2-rank-32": "r = 32 in stage 2, 16 in stage 0",
+    "alpha-0.5": "α = 0.5", "alpha-1": "α = 1",
+    "rates-of-a-and-b": "rate 1.5e-3, of B_s four times as much",
+    "stage-2-rank-32": "r = 32 in stage 2, 16 in stage 0",
     "supernet-fixed-teacher": "full-parameter supernet, the same epochs, with a fixed teacher and "
                               "KL[teacher, student], too",
     "gamma-1": "γ = 1",
@@ -251,7 +256,7 @@ def alone(argv: list[str], full: bool) -> None:
     evaluate.write_json(run.folder / "run.json", run.settings)
 
 
-def keep(name: str) -> None:
+def keep(name: str, command: list[str] | None = None) -> None:
     """Copies what a run measured to .github/results, without the folders' places on the machine."""
     folder, target = ROOT / "runs" / "evidence" / name, RESULTS / name
     run = json.loads((folder / "run.json").read_text("utf-8"))
@@ -259,6 +264,7 @@ def keep(name: str) -> None:
         run[part]["folder"] = Path(run[part]["folder"]).name
     if "/alone" in name or name.split("/")[1].rpartition("-")[0] in PATCHES:
         run["command"] = ["tests/by_hand/evidence.py", "run", name]
+    run["command"] = command or run["command"]
     if (folder / "adapters.safetensors").exists():
         tensors, _ = evaluate.read_tensors(folder / "adapters.safetensors")
         run["trained"] = sum(t.numel() for t in tensors.values() if t.is_floating_point())
@@ -361,6 +367,21 @@ def without_head(model, U, moments):
         getattr(model, name).requires_grad_(False)
     return make(model, U, moments)
 mlfs.begin_stage, mlfs.make_optimizer = fixed, without_head
+""",
+    "rates-of-a-and-b": """
+make = mlfs.make_optimizer
+def two_rates(model, U, moments):
+    optimizer = make(model, U, {})                   # (AdamW's moments start anew on resuming)
+    of_B = {id(p) for linear in model.adapted_linears() for p in linear.B}
+    group = optimizer.param_groups[0]
+    faster = [p for p in group["params"] if id(p) in of_B]
+    group["params"] = [p for p in group["params"] if id(p) not in of_B]
+    optimizer.add_param_group({"params": faster})
+    def follow(optimizer, *_):
+        optimizer.param_groups[1]["lr"] = 4 * optimizer.param_groups[0]["lr"]
+    optimizer.register_step_pre_hook(follow)
+    return optimizer
+mlfs.make_optimizer = two_rates
 """,
     "norms": """
 import copy
