@@ -92,15 +92,21 @@ GROUPS = {
     "sst2": (SST2 + "glue", 3, {
         "mlfs": "", "fixed-teacher-3e-3": "--teacher fixed --learning-rate 3e-3",
         # As many forward-backward passes: 3 + 6 K epochs.
-        "edge": "--recipe edge",
+        "rate-1e-3": "--recipe edge --learning-rate 1e-3",
+        "rate-2e-3": "--recipe edge --learning-rate 2e-3",
+        "rate-3e-3": "--recipe edge --learning-rate 3e-3",
         "supernet": "--adapters full --gamma 0 --learning-rate 1e-4 --epochs 3,0,6"}),
-    "mrpc": (f"--task mrpc {GLUE}", 3, {"mlfs": "", "edge": "--recipe edge --epochs 4,0,8"}),
+    "mrpc": (f"--task mrpc {GLUE}", 3, {
+        "mlfs": "", "edge": "--recipe edge --epochs 4,0,8 --learning-rate 3e-3",
+        "rate-1e-3": "--recipe edge --epochs 4,0,8 --learning-rate 1e-3"}),
     "rte": (f"--task rte {GLUE}", 3, {"mlfs": ""}),
     "cola": (f"--task cola {GLUE}", 3, {
-        "mlfs": "", "edge": "--recipe edge --epochs 4,0,8 --learning-rate 2e-3"}),
+        "mlfs": "", "edge": "--recipe edge --epochs 4,0,8 --learning-rate 2e-3",
+        "rate-1e-3": "--recipe edge --epochs 4,0,8 --learning-rate 1e-3"}),
     "recipe": (RECIPE, 3, {
         "edge": "", "supernet-1-0-2": SUPERNET, "moving-teacher": "--teacher maxnet",
-        "rate-2e-3": "--learning-rate 2e-3", "stage-2-rank-32": "", "gamma-1": "--gamma 1",
+        "rate-1e-3": "--learning-rate 1e-3", "rate-2e-3": "--learning-rate 2e-3",
+        "stage-2-rank-32": "", "gamma-1": "--gamma 1",
         "teacher-3-epochs": "--gamma 1 --epochs 3,0,2", "norms": "--gamma 1",
         "gamma-1-rank-32": "--gamma 1 --rank 32"}),
     "recipe-gpu": (RECIPE, 3, {                      # by graphs.py
@@ -167,7 +173,7 @@ VARIANTS = {
     "gamma-1": "γ = 1",
     "teacher-3-epochs": "γ = 1, stage 0 of three epochs at a rate of 1e-3",
     "norms": "γ = 1, layer norms and biases trained as well, at a tenth of the rate",
-    "gamma-1-rank-32": "γ = 1, r = 32",
+    "gamma-1-rank-32": "γ = 1, r = 32", "rate-1e-3": "learning rate 1e-3",
     "mlfs": "the defaults (App. A: γ = 1, r = 8, learning rate 1e-3)",
     "gamma-0": "γ = 0", "gamma-2": "γ = 2",
     "rank-2": "r = 2", "rank-4": "r = 4", "rank-16": "r = 16", "rank-32": "r = 32",
@@ -190,7 +196,8 @@ VARIANTS = {
     "full-teacher-3e-3": "so, and stages 1 and 2 at 3e-3",
 }
 CURVES = [f"third/{variant}-seed0" for variant in ("gamma-0", "mlfs", "gamma-2")]           # Fig. 2
-LOGGED = (*CURVES, "third/k-", "third/rate-", "long/", "rte/", "python/", "custom/")   # log.jsonl
+LOGGED = (*CURVES, "third/k-", "third/rate-", "long/", "rte/", "python/", "custom/",   # log.jsonl
+          "sst2/rate-3e-3-seed0")
 
 
 def commands() -> dict[str, list[str]]:
@@ -661,7 +668,7 @@ def estimates() -> str:
 
 def tables() -> dict[str, str]:
     """What stands between <!-- evidence: NAME --> and <!-- end --> in .github/results/README.md."""
-    kinds = {"third": variants, "recipe": variants, "teacher": teachers,
+    kinds = {"third": variants, "recipe": variants, "recipe-gpu": variants, "teacher": teachers,
              "sst2-teacher": teachers, "long": against, "custom": curves}
     made = {group: kinds.get(group, stages)(group) for group in GROUPS if load(group)}
     return made | {"against": against(), "dev": dev_table(), "gradients": gradient_table(),
