@@ -160,10 +160,11 @@ GROUPS = {
 AGAINST = {"mlfs": "MLFS", "fixed-teacher-3e-3": "MLFS, teacher fixed, rate 3e-3",
            "rank-32": "MLFS, r = 32", "supernet": "full-parameter supernet",
            "alone": "each alone, in full", "alone-low-rank": "each alone, low-rank",
-           "edge": "MLFS, `--recipe edge`",
+           "edge": "MLFS, `--recipe edge`, rate 3e-3",
            "supernet-1-0-2": "full-parameter supernet, epochs 1,0,2"}
 VARIANTS = {
-    "edge": "`--recipe edge`", "supernet-1-0-2": "full-parameter supernet, the same epochs",
+    "edge": "`--recipe edge`, rate 3e-3",
+    "supernet-1-0-2": "full-parameter supernet, the same epochs",
     "k-3": "K = 3", "moving-teacher": "`--teacher maxnet`",
     "alpha-0.5": "α = 0.5", "alpha-1": "α = 1",
     "rates-of-a-and-b": "rate 1.5e-3, of B_s four times as much",
