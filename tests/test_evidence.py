@@ -112,6 +112,25 @@ def test_devs_table_leaves_the_maxnet_out_of_the_mean_and_compares_equal_seeds(
     assert seeds == "| seeds | 2 | 1 |"
 
 
+def test_a_tasks_table_ends_with_the_means_below_the_maxnet_by_moment_and_seed(
+    tmp_path, monkeypatch
+):
+    """The recipe has seed 1 alone, two points above MLFS there, one above MLFS's mean."""
+    monkeypatch.setattr(evidence, "RESULTS", tmp_path)
+    for variant, seed, score in ("mlfs", 0, 0.70), ("mlfs", 1, 0.72), ("edge", 1, 0.74):
+        folder = tmp_path / "mrpc" / f"{variant}-seed{seed}"
+        folder.mkdir(parents=True)
+        rows = [SIZES | {"name": name, "stderr": 0.1, "score": x, "history": {"stage 2": x}}
+                for name, x in (("w1-d6", 0.9), ("w1-d4", score), ("w1-d3", score))]
+        evaluate.write_json(folder / "palette.json",
+                            {"metric": "accuracy", "measured": {}, "subnets": rows})
+        run = {"task": "mrpc", "data": {"dev": 9, "folder": "glue"}}
+        evaluate.write_json(folder / "run.json", run | {"hyper_parameters": {"seed": seed}})
+    means, difference = evidence.stages("mrpc").splitlines()[-2:]
+    assert means == "| mean below the maxnet |  |  | 71.0 ± 1.0 | 74.0 |  |"
+    assert difference == "| difference from stage 2 |  |  |  | 2.0 |  |"
+
+
 def test_a_decoders_tables_show_nats_with_and_without_distillation_and_over_the_steps(
     tmp_path, monkeypatch
 ):

@@ -505,6 +505,14 @@ def stages(group: str) -> str:
                for seeds in groups.values()),
              evaluate.show(metric, statistics.fmean(rows[name]["stderr"] for _, rows in runs))]
             for name, row in first.items()]
+    if len(first) > 1:
+        means = [palette_means(seeds, 1) for seeds in (runs, *groups.values())]
+        blank = [""] * (1 + len(moments))            # up to the first column of stage 2
+        body.append(["mean below the maxnet", *blank,
+                     *(mean(list(of.values()), metric) for of in means), ""])
+        if groups:
+            body.append(["difference from stage 2", *blank, "",
+                         *(gain(of, means[0], metric) for of in means[1:]), ""])
     others = (f"stage 2, `{GROUPS[group][2][variant]}`"
               + (f" (seeds: {len(seeds)})" if len(seeds) != len(runs) else "")
               for variant, seeds in groups.items())
@@ -528,9 +536,9 @@ def palette_means(seeds: Seeds, first: int = 0) -> dict[int, float]:
             for run, rows in seeds}
 
 
-def gain(means: dict[int, float], base: dict[int, float]) -> str:
+def gain(means: dict[int, float], base: dict[int, float], metric: str = "accuracy") -> str:
     """What of them is more than base's, seed by seed where both have one."""
-    return mean([means[seed] - base[seed] for seed in means if seed in base])
+    return mean([means[seed] - base[seed] for seed in means if seed in base], metric)
 
 
 def variants(group: str) -> str:
