@@ -128,7 +128,7 @@ def test_a_tasks_table_ends_with_the_means_below_the_maxnet_by_moment_and_seed(
         evaluate.write_json(folder / "run.json", run | {"hyper_parameters": {"seed": seed}})
     means, difference = evidence.stages("mrpc").splitlines()[-2:]
     assert means == "| mean below the maxnet |  |  | 71.0 ± 1.0 | 74.0 |  |"
-    assert difference == "| difference from stage 2 |  |  |  | 2.0 |  |"
+    assert difference == "| difference on equal seeds |  |  |  | 2.0 |  |"
 
 
 def test_a_decoders_tables_show_nats_with_and_without_distillation_and_over_the_steps(

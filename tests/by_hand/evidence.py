@@ -112,7 +112,7 @@ GROUPS = {
     "recipe-gpu": (RECIPE, 3, {                      # by graphs.py
         "edge": "", "supernet-1-0-2": SUPERNET,
         "supernet-fixed-teacher": SUPERNET + " --kl forward",
-        "k-3": "--num-subnets 3", "k-8": "--num-subnets 8 --epochs 1,0,1",
+        "k-3": "--num-subnets 3", "k-8-1-0-1": "--num-subnets 8 --epochs 1,0,1",
         "alpha-0.5": "--alpha 0.5", "alpha-1": "--alpha 1",
         "rates-of-a-and-b": "--learning-rate 1.5e-3", "unclipped": "--clip 0"}),
     "third": (SST2 + "held-out --train-examples 22450 --epochs 1,1,1", 2, {
@@ -166,7 +166,7 @@ VARIANTS = {
     "edge": "`--recipe edge`, rate 3e-3",
     "supernet-1-0-2": "full-parameter supernet, the same epochs",
     "k-3": "K = 3", "moving-teacher": "`--teacher maxnet`",
-    "alpha-0.5": "α = 0.5", "alpha-1": "α = 1",
+    "k-8-1-0-1": "K = 8, epochs 1,0,1", "alpha-0.5": "α = 0.5", "alpha-1": "α = 1",
     "rates-of-a-and-b": "rate 1.5e-3, of B_s four times as much",
     "stage-2-rank-32": "r = 32 in stage 2, 16 in stage 0",
     "supernet-fixed-teacher": "full-parameter supernet, the same epochs, with a fixed teacher and "
@@ -511,7 +511,7 @@ def stages(group: str) -> str:
         body.append(["mean below the maxnet", *blank,
                      *(mean(list(of.values()), metric) for of in means), ""])
         if groups:
-            body.append(["difference from stage 2", *blank, "",
+            body.append(["difference on equal seeds", *blank, "",
                          *(gain(of, means[0], metric) for of in means[1:]), ""])
     others = (f"stage 2, `{GROUPS[group][2][variant]}`"
               + (f" (seeds: {len(seeds)})" if len(seeds) != len(runs) else "")

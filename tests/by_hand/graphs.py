@@ -6,9 +6,9 @@
 A GPU waits for Python: MiniLM's kernels take a fraction of the time that asking for them takes. So
 a pass (lines 8 to 13 of Algorithm 1 for one Φ) is asked for once for each length of batch, then
 replayed as a whole. The kernels are the same; batches are padded to a multiple of 8 tokens, so that
-few lengths occur. An encoder with classes, float32, one process a run. What is not done after
---seconds is stopped and saved; the same command goes on with it. Raw files go to FOLDER/GROUP/NAME
-(default: .github/results), what a run prints to FOLDER/GROUP-NAME.log.
+few lengths occur. An encoder with classes, float32, one process a run (--compare: no patch). What
+is not done after --seconds is stopped and saved; the same command goes on with it. Raw files go to
+FOLDER/GROUP/NAME (default: .github/results), what a run prints to FOLDER/GROUP-NAME.log.
 """
 import argparse
 import math
@@ -16,6 +16,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import Iterator
 
@@ -46,6 +47,8 @@ class Passes:
 
     def take(self, batch):
         """Pads ℬ and copies it to the tensors of its size, which are made where there are none."""
+        if batch.y.is_floating_point():
+            raise ValueError("labels must be classes, not scores")
         ids = batch.x["ids"]
         B, T = ids.shape
         mask = torch.ones_like(ids) if batch.x["mask"] is None else batch.x["mask"]
@@ -133,9 +136,10 @@ def work(name: str, out: Path, device: str) -> int:
     patch = evidence.PATCHES.get(name.split("/")[1].rpartition("-")[0])
     if patch:
         exec(patch, {"sys": sys, "mlfs": mlfs, "model": models})
-    mlfs.mlfs = lambda *args: algorithm(*args, graphs=device == "cuda")
+    gpu = device.startswith("cuda")
+    mlfs.mlfs = lambda *args: algorithm(*args, graphs=gpu)
     evaluate.pick_threads = lambda model: torch.set_num_threads(1)
-    if device == "cuda":
+    if gpu:
         torch.cuda.set_stream(torch.cuda.Stream())   # the first one's work cannot be recorded
     code = mlfs.main([*argv, *["--resume"] * Path("runs/evidence", name).exists()])
     if not code:
@@ -151,10 +155,13 @@ def start(name: str, out: Path, device: str) -> int:
         return child
     code = 1
     try:
-        log = os.open(out / (name.replace("/", "-") + ".log"), os.O_WRONLY | os.O_CREAT)
+        path = out / (name.replace("/", "-") + ".log")
+        log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1)
         os.dup2(log, 2)
         code = work(name, out, device)
+    except Exception:
+        traceback.print_exc()
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -189,10 +196,11 @@ def compare(name: str, device: str, iterations: int) -> None:
     """A run's first iterations by `mlfs.mlfs` and by `algorithm`: time, losses, what is learned."""
     os.chdir(evidence.ROOT)
     mlfs.add_in_one_order(device)
-    if device == "cuda":
+    gpu = device.startswith("cuda")
+    if gpu:
         torch.cuda.set_stream(torch.cuda.Stream())
     found: dict[str, tuple[Tensor, Tensor]] = {}
-    for what in ["mlfs.mlfs", "algorithm", *["graphs"] * (device == "cuda")]:
+    for what in ["mlfs.mlfs", "algorithm", *["graphs"] * gpu]:
         argv = [*evidence.commands()[name], "--device", device, "--dtype", "float32",
                 "--out", "runs/compare", "--overwrite"]
         run, state = mlfs.prepare(*mlfs.parse_arguments(argv))
@@ -210,7 +218,7 @@ def compare(name: str, device: str, iterations: int) -> None:
         turns = torch.tensor(times, dtype=torch.float64).diff() * 1e3
         halves = [turns[iterations // 2:iterations], turns[-iterations // 2:]]
         print(f"{what}: {halves[0].median():.1f} and {halves[1].median():.1f} ms an iteration of "
-              f"the first and the last stage, medians of its second half", flush=True)
+              f"the first and the last stage, medians of the last {iterations // 2}", flush=True)
         for other, (losses_of, learned_of) in found.items():
             loss, weights = found[what][0] - losses_of, found[what][1] - learned_of
             print(f"  from {other}: largest difference of a loss {loss.abs().max():.1e}, norm of "
