@@ -14,6 +14,13 @@ SIZES = {"heads": 1, "hidden_size": 1, "intermediate_size": 1, "layers": [0], "m
 SIZES |= {"parameters": 2_000_000, "encoder_parameters": 1_000_000, "size_mb": 8.0}
 
 
+def keep(folder, **files) -> None:
+    """A run's raw files, by their names without .json."""
+    folder.mkdir(parents=True)
+    for name, content in files.items():
+        evaluate.write_json(folder / f"{name}.json", content)
+
+
 def test_no_phrase_of_a_held_out_sentence_is_trained_on(tmp_path, capsys):
     """SST-2's rows are phrases of each other: a split by rows would leak the labels."""
     rng, rows = random.Random(0), []
@@ -102,9 +109,8 @@ def test_devs_table_leaves_the_maxnet_out_of_the_mean_and_compares_equal_seeds(
     """Recipe: 80 and 82 with seeds 0 and 1; the supernet has seed 0 alone, one point above."""
     monkeypatch.setattr(evidence, "RESULTS", tmp_path)
     for variant, seed, score in ("edge", 0, 0.80), ("edge", 1, 0.82), ("supernet-1-0-2", 0, 0.81):
-        folder = tmp_path / "recipe" / f"{variant}-seed{seed}"
-        folder.mkdir(parents=True)
-        evaluate.write_json(folder / "dev.json", {"w1-d6": 0.5, "w1-d4": score, "w1-d3": score})
+        keep(tmp_path / "recipe" / f"{variant}-seed{seed}",
+             dev={"w1-d6": 0.5, "w1-d4": score, "w1-d3": score})
     *_, maxnet, _, _, means, gains, seeds = evidence.dev_table().splitlines()
     assert maxnet == "| w1-d6 | 50.0 ± 0.0 | 50.0 |"
     assert means == "| mean of the 8 below the maxnet | 81.0 ± 1.0 | 81.0 |"
@@ -112,20 +118,18 @@ def test_devs_table_leaves_the_maxnet_out_of_the_mean_and_compares_equal_seeds(
     assert seeds == "| seeds | 2 | 1 |"
 
 
-def test_a_tasks_table_ends_with_the_means_below_the_maxnet_by_moment_and_seed(
+def test_a_tasks_table_ends_with_the_means_below_the_maxnet_and_compares_equal_seeds(
     tmp_path, monkeypatch
 ):
-    """The recipe has seed 1 alone, two points above MLFS there, one above MLFS's mean."""
+    """The recipe has seed 1 alone, two points above MLFS there, three above its mean."""
     monkeypatch.setattr(evidence, "RESULTS", tmp_path)
     for variant, seed, score in ("mlfs", 0, 0.70), ("mlfs", 1, 0.72), ("edge", 1, 0.74):
-        folder = tmp_path / "mrpc" / f"{variant}-seed{seed}"
-        folder.mkdir(parents=True)
         rows = [SIZES | {"name": name, "stderr": 0.1, "score": x, "history": {"stage 2": x}}
                 for name, x in (("w1-d6", 0.9), ("w1-d4", score), ("w1-d3", score))]
-        evaluate.write_json(folder / "palette.json",
-                            {"metric": "accuracy", "measured": {}, "subnets": rows})
         run = {"task": "mrpc", "data": {"dev": 9, "folder": "glue"}}
-        evaluate.write_json(folder / "run.json", run | {"hyper_parameters": {"seed": seed}})
+        keep(tmp_path / "mrpc" / f"{variant}-seed{seed}",
+             palette={"metric": "accuracy", "measured": {}, "subnets": rows},
+             run=run | {"hyper_parameters": {"seed": seed}})
     means, difference = evidence.stages("mrpc").splitlines()[-2:]
     assert means == "| mean below the maxnet |  |  | 71.0 ± 1.0 | 74.0 |  |"
     assert difference == "| difference on equal seeds |  |  |  | 2.0 |  |"
