@@ -692,8 +692,7 @@ class Run:
         if evaluate.gain(metric, before, score) < -0.05:
             self.bar.write(f"warning: on held-out training data the maxnet's {metric} went from "
                            f"{evaluate.show(metric, before)} to {evaluate.show(metric, score)}; a "
-                           f"lower --learning-rate, or --teacher fixed, helps",
-                           file=sys.stderr)
+                           f"lower --learning-rate helps", file=sys.stderr)
 
     def checkpoint(self, event, state, stop):
         """At a stage's end, after every 200 iterations, and when the run is told to stop."""
