@@ -332,9 +332,16 @@ def test_the_readmes_evidence_is_that_of_the_results(made):
     assert shown.items() <= sst2.items()
     (against,) = tables(made["against"])
     (shown,) = with_column(README, "stored for the task")
-    assert len(shown) == 4 * 4
+    assert len(shown) == 4 * 5
+    dev = {method: shown.pop((method, what)) for method, what in [*shown] if "dev" in what}
     for (method, what), cell in shown.items():  # columns there are rows here
         assert cell == (against[what, method] if what else method)
+    means = {what: cell for (row, what), cell in sst2.items() if row == "mean below the maxnet"}
+    mlfs, edge, alone, supernet = dev.values()
+    assert (mlfs, alone) == (means["stage 2"], "not run")
+    edges = {cell for what, cell in means.items() if "edge --learning-rate 1e-3" in what}
+    assert edges == {edge.split(" (")[0]}
+    assert {supernet} == {cell for what, cell in means.items() if "--adapters full" in what}
 
 
 def test_the_readmes_other_figures_are_those_of_the_results(made):
