@@ -92,17 +92,17 @@ GROUPS = {
     "sst2": (SST2 + "glue", 3, {
         "mlfs": "", "fixed-teacher-3e-3": "--teacher fixed --learning-rate 3e-3",
         # As many forward-backward passes: 3 + 6 K epochs.
-        "rate-1e-3": "--recipe edge --learning-rate 1e-3",
+        "rate-1e-3": "--recipe edge --learning-rate 1e-3 --dtype float32",
         "rate-2e-3": "--recipe edge --learning-rate 2e-3",
         "rate-3e-3": "--recipe edge --learning-rate 3e-3",
         "supernet": "--adapters full --gamma 0 --learning-rate 1e-4 --epochs 3,0,6"}),
     "mrpc": (f"--task mrpc {GLUE}", 3, {
         "mlfs": "", "edge": "--recipe edge --epochs 4,0,8 --learning-rate 3e-3",
-        "rate-1e-3": "--recipe edge --epochs 4,0,8 --learning-rate 1e-3"}),
+        "rate-1e-3": "--recipe edge --epochs 4,0,8 --learning-rate 1e-3 --dtype float32"}),
     "rte": (f"--task rte {GLUE}", 3, {"mlfs": ""}),
     "cola": (f"--task cola {GLUE}", 3, {
         "mlfs": "", "edge": "--recipe edge --epochs 4,0,8 --learning-rate 2e-3",
-        "rate-1e-3": "--recipe edge --epochs 4,0,8 --learning-rate 1e-3"}),
+        "rate-1e-3": "--recipe edge --epochs 4,0,8 --learning-rate 1e-3 --dtype float32"}),
     "recipe": (RECIPE, 3, {
         "edge": "", "supernet-1-0-2": SUPERNET, "moving-teacher": "--teacher maxnet",
         "rate-1e-3": "--learning-rate 1e-3", "rate-2e-3": "--learning-rate 2e-3",
