@@ -198,7 +198,7 @@ VARIANTS = {
 }
 CURVES = [f"third/{variant}-seed0" for variant in ("gamma-0", "mlfs", "gamma-2")]           # Fig. 2
 LOGGED = (*CURVES, "third/k-", "third/rate-", "long/", "rte/", "python/", "custom/",   # log.jsonl
-          "sst2/rate-3e-3-seed0", "sst2/rate-1e-3-seed0")
+          "sst2/rate-3e-3-seed0", "sst2/rate-1e-3")
 
 
 def commands() -> dict[str, list[str]]:
