@@ -518,6 +518,24 @@ def test_a_recipe_is_a_row_of_settings_between_the_tasks_and_those_that_are_give
         prepare(tmp_path, monkeypatch, "--recipe", "edge", "--adapters", "full")
 
 
+@pytest.mark.parametrize(("processor", "dtype"), [
+    ({"cpu_name": "Intel Xeon", "avx512_bf16": True, "amx_bf16": True}, "bfloat16"),
+    ({"cpu_name": "Intel Xeon", "avx512_bf16": True, "amx_bf16": False}, "float32"),
+    ({"cpu_name": "AMD EPYC", "avx512_bf16": True, "amx_bf16": False}, "bfloat16"),
+    ({"cpu_name": "AMD EPYC", "avx512_bf16": False, "amx_bf16": False}, "float32"),
+    ({"architecture": "arm64", "bf16": True}, "float32"),
+])
+def test_frozen_weights_are_bfloat16_where_products_are_faster_in_it(
+    processor, dtype, monkeypatch
+):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: processor)
+    auto = HyperParameters()
+    assert m.pick_dtype(auto, "cpu") == dtype
+    assert m.pick_dtype(dataclasses.replace(auto, adapters="full"), "cpu") == "float32"
+    for given in ("float32", "bfloat16"):
+        assert m.pick_dtype(dataclasses.replace(auto, dtype=given), "cpu") == given
+
+
 def test_stage_0_cannot_be_left_out_where_the_classifier_is_new(tmp_path, monkeypatch):
     """The students' teacher would be drawn at random; a stored classifier may do without."""
     strangers_base(tmp_path)
