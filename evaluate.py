@@ -1166,7 +1166,7 @@ def take_folder(folder, settings, resume, overwrite):
         now = lasting(json.loads(json.dumps(settings)))              # tuples become lists
         if differing := [name for name, value in now.items() if before.get(name) != value]:
             raise ValueError(f"{folder} was started with another {', '.join(differing[:5])}; "
-                             f"--resume needs the same command")
+                             f"--resume needs the settings in run.json")
         lock(folder)
         return old | {key: settings[key] for key in ("row", "base", "data")}    # where they are now
     if folder.exists() and not is_empty(folder) and not overwrite:
@@ -1183,10 +1183,10 @@ def take_folder(folder, settings, resume, overwrite):
 
 def lasting(run):
     """What --resume may not change. Of base and data contents decide, not paths."""
-    found = {key: run.get(key) for key in ("device", "dtype")}
+    # Of the dtype what `auto` became counts: on another processor it may become another.
+    found = run["hyper_parameters"] | {key: run.get(key) for key in ("device", "dtype")}
     found |= {key: run[key]["sha256"] for key in ("base", "data")}
-    found |= {key: run["row"][key] for key in ("labels", "metrics")}
-    return found | run["hyper_parameters"]
+    return found | {key: run["row"][key] for key in ("labels", "metrics")}
 
 
 def lock(folder):

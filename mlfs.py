@@ -798,7 +798,7 @@ def pick_dtype(hp, device):
     if hp.dtype != "auto":
         return hp.dtype
     has = torch.cpu.get_capabilities().get
-    # By AVX512, without AMX, an Intel is half as fast in it as in float32, an AMD faster.
+    # By AVX512, without AMX, an Intel is half as fast in bfloat16 as in float32, an AMD faster.
     half = has("amx_bf16") or has("avx512_bf16") and "AMD" in has("cpu_name")
     if "cuda" in device:
         half = torch.cuda.is_bf16_supported(False)

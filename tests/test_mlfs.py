@@ -536,6 +536,18 @@ def test_frozen_weights_are_bfloat16_where_products_are_faster_in_it(
         assert m.pick_dtype(dataclasses.replace(auto, dtype=given), "cpu") == given
 
 
+def test_a_run_goes_on_in_the_dtype_that_auto_became_where_it_began(tmp_path, monkeypatch):
+    strangers_base(tmp_path)
+    has = {"amx_bf16": True}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
+    assert prepare(tmp_path, monkeypatch, "--dtype", "auto").settings["dtype"] == "bfloat16"
+    has["amx_bf16"] = False  # another processor
+    with pytest.raises(ValueError, match="another dtype; --resume needs the settings in run.json"):
+        prepare(tmp_path, monkeypatch, "--dtype", "auto", "--resume")
+    run = prepare(tmp_path, monkeypatch, "--dtype", "bfloat16", "--resume")
+    assert torch.bfloat16 in {p.dtype for p in run.model.parameters()}
+
+
 def test_stage_0_cannot_be_left_out_where_the_classifier_is_new(tmp_path, monkeypatch):
     """The students' teacher would be drawn at random; a stored classifier may do without."""
     strangers_base(tmp_path)
