@@ -622,6 +622,14 @@ def test_a_missing_extra_is_one_clear_sentence(words, missing, advice, copy, cap
     assert [path.name for path in copy.parent.iterdir()] == ["toy"]
 
 
+def test_the_curves_without_matplotlib_are_one_clear_sentence(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    (tmp_path / "log.jsonl").write_text('{"stage": 0, "step": 1, "loss": {"a": 1}}\n')
+    with pytest.raises(ValueError, match="curves.py needs more packages: pip install matplotlib"):
+        curves.main([str(tmp_path / "log.jsonl"), str(tmp_path / "c.png")])
+    assert [path.name for path in tmp_path.iterdir()] == ["log.jsonl"]
+
+
 # -------------------------------------------------------------------------------------- pictures
 
 

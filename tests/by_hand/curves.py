@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from evaluate import PLACE, check_form, exit_on_bad_input, naming, picture, read_lines  # noqa: E402
+import evaluate  # noqa: E402
 
 
 def read_log(path):
@@ -21,19 +21,19 @@ def read_log(path):
     A curve is [(iteration, value)], kept by kind ("loss", "validation"), subnet and stage.
     ValueError if there is none, or what no run wrote.
     """
-    entries = read_lines(path, PLACE)
+    entries = evaluate.read_lines(path, evaluate.PLACE)
     starts = [0]
     for stage in range(2):
         steps = [entry["step"] for entry in entries if entry["stage"] == stage]
         starts.append(starts[-1] + max(steps, default=0))
     curves = {}
-    with naming(f"{path} is not one of ours, or was edited"):
+    with evaluate.naming(f"{path} is not one of ours, or was edited"):
         for entry, kind in itertools.product(entries, ("loss", "validation")):
             stage = entry["stage"]
             if stage not in range(3):
                 raise ValueError(f"there is no stage {stage}")
             values = entry.get(kind, {})
-            check_form(values, {str: float}, kind)
+            evaluate.check_form(values, {str: float}, kind)
             for name, value in values.items():
                 stages = curves.setdefault(kind, {}).setdefault(name, ([], [], []))
                 stages[stage].append((starts[stage] + entry["step"], value))
@@ -45,7 +45,8 @@ def read_log(path):
 def plot_curves(path, curves, starts):
     """Losses per subnet, means over 10 logged steps, and validation scores, over the iterations of
     all stages (Figs. 2, 5 and 7); see `read_log`."""
-    with picture(path, len(curves)) as (_, axes):
+    evaluate.require_package("curves.py", "matplotlib")
+    with evaluate.picture(path, len(curves)) as (_, axes):
         for axis, (kind, subnets) in zip(axes, curves.items()):
             for i, (name, stages) in enumerate(sorted(subnets.items())):
                 color = f"C{i % 10}"
@@ -73,4 +74,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    sys.exit(exit_on_bad_input(lambda: main(sys.argv[1:])))
+    sys.exit(evaluate.exit_on_bad_input(lambda: main(sys.argv[1:])))
